@@ -1,0 +1,1 @@
+"""One-step text-to-image diffusion by SwiftBrush v2 distillation, in JAX."""

