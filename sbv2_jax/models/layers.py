@@ -1,0 +1,126 @@
+"""Layers that every model shares: linear with an optional LoRA, convolution, normalisation, attention."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    # CLIP's first release approximated GELU so; its weights depend on it.
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+class LoRAScale(nnx.Variable):
+    """The factor on a LoRA's output: a scalar, or one for each sample of the batch [B]."""
+
+
+class LoRA(nnx.Module):
+    """A low-rank update, `scale * (x @ down) @ up` (Hu et al., 2021, equation 3)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, rngs: nnx.Rngs):
+        # Normal with deviation 1/rank, as in diffusers' LoRA training; `up` starts at zero.
+        init = nnx.initializers.normal(1.0 / rank)
+        self.down = nnx.Linear(in_features, rank, use_bias=False, kernel_init=init, rngs=rngs)
+        self.up = nnx.Linear(
+            rank, out_features, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs
+        )
+        self.scale = LoRAScale(jnp.ones(()))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.scale.get_value().astype(x.dtype)
+        return self.up(self.down(x)) * scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
+
+
+class Linear(nnx.Linear):
+    """A dense layer that a LoRA can be attached to (`lora.attach`)."""
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs):
+        super().__init__(in_features, out_features, use_bias=use_bias, rngs=rngs)
+        self.lora: LoRA | None = nnx.data(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x)
+        return y if self.lora is None else y + self.lora(x)
+
+
+class Conv(nnx.Conv):
+    """A 2-D convolution over [B, H, W, C] with PyTorch's symmetric padding.
+
+    `padding` is in pixels on each side. "SAME" would pad a strided convolution on one side only.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        pad = kernel // 2 if padding is None else padding
+        super().__init__(
+            in_channels,
+            out_channels,
+            (kernel, kernel),
+            strides=(stride, stride),
+            padding=((pad, pad), (pad, pad)),
+            use_bias=use_bias,
+            rngs=rngs,
+        )
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group normalisation with float32 statistics."""
+
+    def __init__(self, groups: int, channels: int, epsilon: float, rngs: nnx.Rngs):
+        # The fast variance E[x^2] - E[x]^2 cancels where the mean is large, as it is deep in these networks.
+        super().__init__(channels, groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalisation over the last axis with float32 statistics."""
+
+    def __init__(self, channels: int, epsilon: float, rngs: nnx.Rngs):
+        super().__init__(channels, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, heads: int, *, causal: bool = False
+) -> jax.Array:
+    """Multi-head scaled dot-product attention.
+
+    query [B, N, heads * D], key and value [B, M, heads * D]; returns [B, N, heads * D].
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], x.shape[1], heads, x.shape[2] // heads)
+
+    out = jax.nn.dot_product_attention(split(query), split(key), split(value), is_causal=causal)
+    return out.reshape(query.shape)
+
+
+def sinusoidal_embedding(
+    timesteps: jax.Array, dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+) -> jax.Array:
+    """Sinusoidal embedding of timesteps [B] into float32 [B, dim] (Ho et al., 2020, as diffusers lays it out)."""
+    half = dim // 2
+    exponent = -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None, :]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    out = jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
+    return jnp.pad(out, ((0, 0), (0, dim % 2)))
+
+
+def upsample_nearest(x: jax.Array) -> jax.Array:
+    """Doubles height and width of [B, H, W, C] by repeating pixels."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -1,0 +1,24 @@
+"""Settings of every test: the CPU, silent-broadcast errors, and the comparison that all parity tests use."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def relative_error(ours, theirs) -> float:
+    """Returns max |ours - theirs| / max |theirs|, in float64."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    assert np.abs(theirs).max() > 0, "a comparison with zeros proves nothing"
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
