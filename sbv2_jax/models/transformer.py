@@ -1,0 +1,108 @@
+"""The spatial transformer of the UNet: self-attention, cross-attention to the text, gated feed-forward."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, LayerNorm, Linear, attention
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of [B, N, channels] to itself, or to a context [B, M, context_channels]."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int, head_dim: int, rngs: nnx.Rngs):
+        inner = heads * head_dim
+        self.heads = heads
+        self.to_q = Linear(channels, inner, use_bias=False, rngs=rngs)
+        self.to_k = Linear(context_channels, inner, use_bias=False, rngs=rngs)
+        self.to_v = Linear(context_channels, inner, use_bias=False, rngs=rngs)
+        self.to_out = nnx.List([Linear(inner, channels, rngs=rngs)])
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nnx.Module):
+    """A dense layer whose second half gates the first (Shazeer, 2020, equation 6)."""
+
+    def __init__(self, channels: int, inner: int, rngs: nnx.Rngs):
+        self.proj = Linear(channels, 2 * inner, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * ACTIVATIONS["gelu"](gate)
+
+
+class Dropout(nnx.Module):
+    """Dropout at rate 0: it only keeps the next layer's index in its list the one of the checkpoint."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+class FeedForward(nnx.Module):
+    """The gated feed-forward layer, four times as wide inside."""
+
+    def __init__(self, channels: int, rngs: nnx.Rngs):
+        inner = 4 * channels
+        self.net = nnx.List([GEGLU(channels, inner, rngs), Dropout(), Linear(inner, channels, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Pre-norm self-attention, cross-attention and feed-forward, each with a residual."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int, head_dim: int, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(channels, 1e-5, rngs)
+        self.attn1 = Attention(channels, channels, heads, head_dim, rngs)
+        self.norm2 = LayerNorm(channels, 1e-5, rngs)
+        self.attn2 = Attention(channels, context_channels, heads, head_dim, rngs)
+        self.norm3 = LayerNorm(channels, 1e-5, rngs)
+        self.ff = FeedForward(channels, rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the pixels of [B, H, W, C], between two projections, with a residual."""
+
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        *,
+        heads: int,
+        layers: int,
+        groups: int,
+        linear_projection: bool,
+        rngs: nnx.Rngs,
+    ):
+        # As in diffusers: where the heads do not divide the channels, the inner width is the smaller.
+        head_dim = channels // heads
+        inner = heads * head_dim
+        self.norm = GroupNorm(groups, channels, 1e-6, rngs)
+        if linear_projection:  # SD 2.x, SDXL
+            self.proj_in = Linear(channels, inner, rngs=rngs)
+            self.proj_out = Linear(inner, channels, rngs=rngs)
+        else:  # SD 1.x
+            self.proj_in = Conv(channels, inner, 1, rngs=rngs)
+            self.proj_out = Conv(inner, channels, 1, rngs=rngs)
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(inner, context_channels, heads, head_dim, rngs) for _ in range(layers)]
+        )
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        batch, height, width, _ = x.shape
+        hidden = self.proj_in(self.norm(x))
+        hidden = hidden.reshape(batch, height * width, -1)
+        for block in self.transformer_blocks:
+            hidden = block(hidden, context)
+        return self.proj_out(hidden.reshape(batch, height, width, -1)) + x

@@ -1,0 +1,329 @@
+"""UNet2DConditionModel of Stable Diffusion 1.x, 2.x and XL, module for module as in diffusers."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear, sinusoidal_embedding
+from sbv2_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from sbv2_jax.models.transformer import Transformer2DModel
+
+_DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+_UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+_MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNetConfig(ModelConfig):
+    """The fields of a diffusers `unet/config.json` that the network follows.
+
+    `attention_head_dim` is the number of heads, one for all blocks or one for each: a misnomer of the file
+    format. `upcast_attention` is kept for the file's sake: logits and softmax are always float32 here.
+    """
+
+    CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
+
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = (*(_DOWN[0],) * 3, _DOWN[1])
+    mid_block_type: str | None = _MID[0]
+    up_block_types: tuple[str, ...] = (_UP[1], *(_UP[0],) * 3)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "center_input_sample": (False,),
+        "only_cross_attention": (False,),
+        "mid_block_scale_factor": (1,),
+        "dropout": (0.0,),
+        "reverse_transformer_layers_per_block": (None,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "num_attention_heads": (None,),
+        "dual_cross_attention": (False,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "time_cond_proj_dim": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
+        "mid_block_only_cross_attention": (None, False),
+        "cross_attention_norm": (None,),
+    }
+    # Read by diffusers only for an `addition_embed_type` that is not supported here.
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"addition_embed_type_num_heads"})
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(f"{name} must have {levels} entries, one for each of block_out_channels")
+        for name, allowed in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+            if unknown := set(getattr(self, name)) - set(allowed):
+                raise ValueError(f"{name} has unsupported {sorted(unknown)}; supported: {list(allowed)}")
+        for name, allowed in (
+            ("mid_block_type", _MID),
+            ("act_fn", tuple(ACTIVATIONS)),
+            ("addition_embed_type", (None, "text_time")),
+            ("downsample_padding", (0, 1)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported; supported: {allowed}")
+        for name in (
+            "layers_per_block",
+            "cross_attention_dim",
+            "attention_head_dim",
+            "transformer_layers_per_block",
+        ):
+            self.per_level(name)
+
+    def per_level(self, name: str) -> tuple[int, ...]:
+        """Returns a field that may be one number for all levels as one number for each."""
+        value, levels = getattr(self, name), len(self.block_out_channels)
+        if isinstance(value, int):
+            return (value,) * levels
+        if len(value) != levels or not all(isinstance(item, int) for item in value):
+            raise ValueError(f"{name}={value!r} must be one integer or {levels} of them")
+        return value
+
+
+class AddedConditions(NamedTuple):
+    """SDXL's conditions beside the text: pooled text [B, D], and sizes and crop in pixels [B, 6]."""
+
+    text_embeds: jax.Array
+    time_ids: jax.Array
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two dense layers over an embedding."""
+
+    def __init__(self, in_features: int, features: int, activation: str, rngs: nnx.Rngs):
+        self.activation = activation
+        self.linear_1 = Linear(in_features, features, rngs=rngs)
+        self.linear_2 = Linear(features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(ACTIVATIONS[self.activation](self.linear_1(x)))
+
+
+def _resnet(config: UNetConfig, in_channels: int, out_channels: int, rngs: nnx.Rngs) -> ResnetBlock2D:
+    return ResnetBlock2D(
+        in_channels,
+        out_channels,
+        groups=config.norm_num_groups,
+        epsilon=config.norm_eps,
+        activation=config.act_fn,
+        time_channels=4 * config.block_out_channels[0],
+        rngs=rngs,
+    )
+
+
+def _transformer(config: UNetConfig, level: int, rngs: nnx.Rngs) -> Transformer2DModel:
+    return Transformer2DModel(
+        config.block_out_channels[level],
+        config.per_level("cross_attention_dim")[level],
+        heads=config.per_level("attention_head_dim")[level],
+        layers=config.per_level("transformer_layers_per_block")[level],
+        groups=config.norm_num_groups,
+        linear_projection=config.use_linear_projection,
+        rngs=rngs,
+    )
+
+
+class _Block(nnx.Module):
+    """What the down, mid and up blocks share: resnets and, where the block attends, transformers.
+
+    With `remat`, the activations inside each of them are computed again in the backward pass, not kept.
+    """
+
+    def __init__(self, remat: bool):
+        self._remat = remat
+
+    def _call(self, module: nnx.Module, *args: jax.Array) -> jax.Array:
+        call = type(module).__call__
+        return nnx.remat(call)(module, *args) if self._remat else call(module, *args)
+
+
+class DownBlock(_Block):
+    """One level on the way down; returns its output and what the way up will take from it."""
+
+    def __init__(self, config: UNetConfig, level: int, remat: bool, rngs: nnx.Rngs):
+        super().__init__(remat)
+        channels = config.block_out_channels[level]
+        layers = config.per_level("layers_per_block")[level]
+        inputs = [config.block_out_channels[max(level - 1, 0)]] + [channels] * (layers - 1)
+        self.attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        if self.attends:
+            self.attentions = nnx.List([_transformer(config, level, rngs) for _ in range(layers)])
+        self.resnets = nnx.List([_resnet(config, width, channels, rngs) for width in inputs])
+        if level < len(config.block_out_channels) - 1:
+            self.downsamplers = nnx.List(
+                [Downsample2D(channels, channels, padding=config.downsample_padding, rngs=rngs)]
+            )
+
+    def __call__(
+        self, x: jax.Array, emb: jax.Array, context: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = self._call(resnet, x, emb)
+            if self.attends:
+                x = self._call(self.attentions[i], x, context)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(_Block):
+    """The lowest level: a resnet and, where it attends, a transformer and a second resnet."""
+
+    def __init__(self, config: UNetConfig, remat: bool, rngs: nnx.Rngs):
+        super().__init__(remat)
+        channels = config.block_out_channels[-1]
+        self.attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+        if self.attends:
+            self.attentions = nnx.List([_transformer(config, -1, rngs)])
+        self.resnets = nnx.List(
+            [_resnet(config, channels, channels, rngs) for _ in range(2 if self.attends else 1)]
+        )
+
+    def __call__(self, x: jax.Array, emb: jax.Array, context: jax.Array) -> jax.Array:
+        x = self._call(self.resnets[0], x, emb)
+        if self.attends:
+            x = self._call(self.attentions[0], x, context)
+            x = self._call(self.resnets[1], x, emb)
+        return x
+
+
+class UpBlock(_Block):
+    """One level on the way up, `level` counted as on the way down; takes the skips from the end of the list."""
+
+    def __init__(self, config: UNetConfig, level: int, block_type: str, remat: bool, rngs: nnx.Rngs):
+        super().__init__(remat)
+        widths = config.block_out_channels
+        channels, below = widths[level], widths[min(level + 1, len(widths) - 1)]
+        layers = config.per_level("layers_per_block")[level] + 1
+        inputs = [below] + [channels] * (layers - 1)
+        skips = [channels] * (layers - 1) + [widths[max(level - 1, 0)]]
+        self.attends = block_type == "CrossAttnUpBlock2D"
+        if self.attends:
+            self.attentions = nnx.List([_transformer(config, level, rngs) for _ in range(layers)])
+        self.resnets = nnx.List(
+            [
+                _resnet(config, width + skip, channels, rngs)
+                for width, skip in zip(inputs, skips, strict=True)
+            ]
+        )
+        if level > 0:
+            self.upsamplers = nnx.List([Upsample2D(channels, channels, rngs)])
+
+    def __call__(
+        self, x: jax.Array, skips: list[jax.Array], emb: jax.Array, context: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        for i, resnet in enumerate(self.resnets):
+            x = self._call(resnet, jnp.concatenate([x, skips[-1 - i]], axis=-1), emb)
+            if self.attends:
+                x = self._call(self.attentions[i], x, context)
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0](x)
+        return x, skips[: -len(self.resnets)]
+
+
+class UNet2DConditionModel(nnx.Module):
+    """Predicts epsilon or v from noisy latents, timesteps and text."""
+
+    def __init__(self, config: UNetConfig, rngs: nnx.Rngs, *, remat: bool = False):
+        widths = config.block_out_channels
+        time_channels = 4 * widths[0]
+        self.config = config
+        self.conv_in = Conv(config.in_channels, widths[0], 3, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(widths[0], time_channels, config.act_fn, rngs)
+        if config.addition_embed_type == "text_time":
+            added = config.projection_class_embeddings_input_dim
+            self.add_embedding = TimestepEmbedding(added, time_channels, config.act_fn, rngs)
+        self.down_blocks = nnx.List([DownBlock(config, level, remat, rngs) for level in range(len(widths))])
+        if config.mid_block_type is not None:
+            self.mid_block = MidBlock(config, remat, rngs)
+        self.up_blocks = nnx.List(
+            [
+                UpBlock(config, len(widths) - 1 - i, block_type, remat, rngs)
+                for i, block_type in enumerate(config.up_block_types)
+            ]
+        )
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps, rngs)
+        self.conv_out = Conv(widths[0], config.out_channels, 3, rngs=rngs)
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        context: jax.Array,
+        added: AddedConditions | None = None,
+    ) -> jax.Array:
+        """Returns the network's output [B, h, w, out_channels], in the dtype of the latents.
+
+        latents [B, h, w, in_channels], timesteps [B], context [B, S, cross_attention_dim] from the text
+        encoder; `added` only, and then always, for SDXL. Raises ValueError where h or w is not a multiple of
+        the total downsampling.
+        """
+        factor = 2 ** (len(self.down_blocks) - 1)
+        if latents.shape[1] % factor or latents.shape[2] % factor:
+            raise ValueError(f"latents of {latents.shape[1:3]} are not multiples of {factor}")
+        emb = self._embed(timesteps, added, latents.dtype)
+        x = self.conv_in(latents)
+        skips = [x]
+        for block in self.down_blocks:
+            x, outputs = block(x, emb, context)
+            skips += outputs
+        if hasattr(self, "mid_block"):
+            x = self.mid_block(x, emb, context)
+        for block in self.up_blocks:
+            x, skips = block(x, skips, emb, context)
+        return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))
+
+    def _embed(self, timesteps: jax.Array, added: AddedConditions | None, dtype: jnp.dtype) -> jax.Array:
+        config = self.config
+
+        def sinusoids(values: jax.Array, dim: int) -> jax.Array:
+            return sinusoidal_embedding(
+                values, dim, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+            )
+
+        emb = self.time_embedding(sinusoids(timesteps, config.block_out_channels[0]).astype(dtype))
+        if (added is not None) != (config.addition_embed_type == "text_time"):
+            raise ValueError(f"added conditions do not fit addition_embed_type={config.addition_embed_type}")
+        if added is not None:
+            sizes = sinusoids(added.time_ids.reshape(-1), config.addition_time_embed_dim)
+            sizes = sizes.reshape(added.time_ids.shape[0], -1)
+            joined = jnp.concatenate([added.text_embeds, sizes.astype(added.text_embeds.dtype)], axis=-1)
+            emb = emb + self.add_embedding(joined.astype(dtype))
+        return emb
