@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sbv2_jax.models.config import ModelConfig
-from sbv2_jax.models.layers import ACTIVATIONS, Conv, LayerNorm, Linear, attention
+from sbv2_jax.models.layers import ACTIVATIONS, Conv, Embed, LayerNorm, Linear, attention
 
 T = TypeVar("T")
 
@@ -201,17 +201,12 @@ class Encoder(nnx.Module):
         return states
 
 
-def _embed(count: int, dim: int, rngs: nnx.Rngs) -> nnx.Embed:
-    # transformers' deviation, for towers trained from scratch.
-    return nnx.Embed(count, dim, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
-
-
 class TextEmbeddings(nnx.Module):
     """Tokens [B, S] to [B, S, D]."""
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
-        self.token_embedding = _embed(config.vocab_size, config.hidden_size, rngs)
-        self.position_embedding = _embed(config.max_position_embeddings, config.hidden_size, rngs)
+        self.token_embedding = Embed(config.vocab_size, config.hidden_size, rngs)
+        self.position_embedding = Embed(config.max_position_embeddings, config.hidden_size, rngs)
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
@@ -268,12 +263,11 @@ class VisionEmbeddings(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
         dim, patch, size = config.hidden_size, config.patch_size, config.image_size
         self.shape = (size, size, config.num_channels)
-        init = nnx.initializers.normal(dim**-0.5)
-        self.class_embedding = nnx.Param(init(rngs.params(), (dim,)))
+        self.class_embedding = nnx.Param(jnp.zeros((dim,)))
         self.patch_embedding = Conv(
             config.num_channels, dim, patch, stride=patch, padding=0, use_bias=False, rngs=rngs
         )
-        self.position_embedding = _embed((size // patch) ** 2 + 1, dim, rngs)
+        self.position_embedding = Embed((size // patch) ** 2 + 1, dim, rngs)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
         if pixel_values.shape[1:] != self.shape:
@@ -309,7 +303,7 @@ class CLIPModel(nnx.Module):
         self.vision_model = VisionTransformer(vision, rngs)
         self.visual_projection = Linear(vision.hidden_size, dim, use_bias=False, rngs=rngs)
         self.text_projection = Linear(text.hidden_size, dim, use_bias=False, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
+        self.logit_scale = nnx.Param(jnp.zeros(()))
 
     def text_features(self, input_ids: jax.Array) -> jax.Array:
         """Returns the text embeddings [B, projection_dim], not normalised, of token ids [B, S]."""
@@ -318,7 +312,7 @@ class CLIPModel(nnx.Module):
     def image_features(self, pixel_values: jax.Array) -> jax.Array:
         """Returns the image embeddings [B, projection_dim], not normalised, of pictures [B, H, W, 3].
 
-        The pictures are `clip_image.preprocess`'s output. Raises ValueError if their side is not `image_size`.
+        `clip_image.preprocess` makes them. Raises ValueError if their side is not the `image_size`.
         """
         return self.visual_projection(self.vision_model(pixel_values))
 

@@ -37,7 +37,7 @@ class CLIPImageConfig(ModelConfig):
     }
     # `default_to_square` and `use_square_size` do not matter to a picture that is square.
     IGNORED = frozenset(
-        [
+        {
             "data_format",
             "default_to_square",
             "device",
@@ -49,7 +49,7 @@ class CLIPImageConfig(ModelConfig):
             "processor_class",
             "return_tensors",
             "use_square_size",
-        ]
+        }
     )
 
     size: int = 224

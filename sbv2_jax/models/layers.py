@@ -16,6 +16,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
+# Layers are built for their shapes; the values come from a checkpoint or from `Network.init`.
+_ZEROS = nnx.initializers.zeros
+
 
 class LoRAScale(nnx.Variable):
     """The factor on a LoRA's output: a scalar, or one for each sample of the batch [B]."""
@@ -25,12 +28,8 @@ class LoRA(nnx.Module):
     """A low-rank update, `scale * (x @ down) @ up` (Hu et al., 2021, equation 3)."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, rngs: nnx.Rngs):
-        # Normal with deviation 1/rank, as in diffusers' LoRA training; `up` starts at zero.
-        init = nnx.initializers.normal(1.0 / rank)
-        self.down = nnx.Linear(in_features, rank, use_bias=False, kernel_init=init, rngs=rngs)
-        self.up = nnx.Linear(
-            rank, out_features, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs
-        )
+        self.down = nnx.Linear(in_features, rank, use_bias=False, kernel_init=_ZEROS, rngs=rngs)
+        self.up = nnx.Linear(rank, out_features, use_bias=False, kernel_init=_ZEROS, rngs=rngs)
         self.scale = LoRAScale(jnp.ones(()))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,7 +41,7 @@ class Linear(nnx.Linear):
     """A dense layer that a LoRA can be attached to (`lora.attach`)."""
 
     def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs):
-        super().__init__(in_features, out_features, use_bias=use_bias, rngs=rngs)
+        super().__init__(in_features, out_features, use_bias=use_bias, kernel_init=_ZEROS, rngs=rngs)
         self.lora: LoRA | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,8 +74,17 @@ class Conv(nnx.Conv):
             strides=(stride, stride),
             padding=((pad, pad), (pad, pad)),
             use_bias=use_bias,
+            kernel_init=_ZEROS,
             rngs=rngs,
         )
+
+
+class Embed(nnx.Embed):
+    """A table of vectors [n, features]."""
+
+    def __init__(self, n: int, features: int, rngs: nnx.Rngs):
+        super().__init__(n, features, embedding_init=_ZEROS, rngs=rngs)
+        self.dtype = None  # nnx sets float32 and would cast bfloat16 parameters to it
 
 
 class GroupNorm(nnx.GroupNorm):

@@ -1,0 +1,167 @@
+"""The manifest of a checkpoint: what every array must be, bit for bit, and which run wrote it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sbv2_jax.checkpoint.files import file_sizes, write_durably
+from sbv2_jax.errors import InputError
+
+FORMAT = 1
+FILENAME = "manifest.json"
+
+
+class CheckpointError(InputError):
+    """Raised when a checkpoint cannot be written, or when what is stored is not what was saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What one step holds: `leaves` maps a name to `shape`, `dtype` and `sha256` of the C-order bytes."""
+
+    step: int
+    config: dict[str, Any]
+    config_sha256: str
+    fingerprint: str
+    extra: dict[str, Any]
+    leaves: dict[str, dict[str, Any]]
+    files: dict[str, int]
+    versions: dict[str, str]
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json` into a finished step directory, durably, sealed by a digest of its own."""
+    body = asdict(manifest)
+    sealed = {"format": FORMAT, "sha256": json_digest(body), "body": body}
+    write_durably(directory / FILENAME, json.dumps(sealed, allow_nan=False, indent=1) + "\n")
+
+
+def read_manifest(directory: Path, step: int) -> Manifest:
+    """Reads the manifest of a step and checks its seal and the sizes of the files.
+
+    Raises CheckpointError with the reason where the step is unfinished, truncated or not ours, and InputError
+    where another version of the format wrote it.
+    """
+    try:
+        sealed = json.loads((directory / FILENAME).read_text(encoding="utf-8"))
+        version, seal, body = sealed["format"], sealed["sha256"], sealed["body"]
+    except FileNotFoundError:
+        raise CheckpointError(f"no {FILENAME}: not a finished checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{FILENAME} is unreadable ({type(error).__name__})") from None
+    if json_digest(body) != seal:
+        raise CheckpointError(f"{FILENAME} does not match its own digest")
+    if version != FORMAT:
+        raise InputError(f"{directory / FILENAME} has format {version}; this version reads format {FORMAT}")
+    manifest = Manifest(**body)
+    if manifest.step != step:
+        raise CheckpointError(f"{FILENAME} is of step {manifest.step}")
+    found = {name: size for name, size in file_sizes(directory).items() if name != FILENAME}
+    wrong = [f"{name} is missing" for name in manifest.files if name not in found]
+    wrong += [
+        f"{name} has {found[name]} bytes instead of {size}"
+        for name, size in manifest.files.items()
+        if name in found and found[name] != size
+    ]
+    if wrong:
+        raise CheckpointError("; ".join(wrong))
+    return manifest
+
+
+def json_digest(value: Any) -> str:
+    """Returns the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def host_copy(leaf: Any) -> np.ndarray:
+    """Returns the whole array on the host, in its own memory: the device buffer may be donated right after.
+
+    An array that spans processes is gathered to all of them, so that a digest never depends on the sharding;
+    every process must then call this for the same leaves in the same order.
+    """
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)
+    host = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            # On a CPU np.asarray is a view of the device buffer; the assignment is the copy.
+            host[shard.index] = np.asarray(shard.data)
+    return host
+
+
+def describe(hosts: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Returns shape, dtype and SHA-256 of every array; hashing runs on several threads."""
+    # hashlib lets go of the interpreter lock, so threads do scale.
+    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+        digests = list(pool.map(_digest, hosts.values()))
+    return {
+        name: {"shape": list(host.shape), "dtype": str(host.dtype), "sha256": digest}
+        for (name, host), digest in zip(hosts.items(), digests, strict=True)
+    }
+
+
+def _digest(host: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(host).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def changed_leaves(stored: Mapping[str, Mapping], found: Mapping[str, Mapping]) -> list[str]:
+    """Returns one line for every leaf of `found` that is not bit for bit what the manifest stored."""
+    return [f"{name} does not match its SHA-256" for name in found if found[name] != stored[name]]
+
+
+def unlike_leaves(stored: Mapping[str, Mapping], abstract: Mapping[str, Any]) -> list[str]:
+    """Returns one line for every leaf that is missing, extra, or of another shape or dtype."""
+    lines = [f"{name} is not in the checkpoint" for name in abstract if name not in stored]
+    lines += [f"{name} is in the checkpoint only" for name in stored if name not in abstract]
+    for name in abstract:
+        if name not in stored:
+            continue
+        have = (tuple(stored[name]["shape"]), stored[name]["dtype"])
+        want = (tuple(abstract[name].shape), str(abstract[name].dtype))
+        if have != want:
+            lines.append(
+                f"{name} is {have[1]}{list(have[0])} in the checkpoint, {want[1]}{list(want[0])} expected"
+            )
+    return lines
+
+
+def changed_fields(saved: Mapping, current: Mapping, may_change: Sequence[str]) -> list[str]:
+    """Returns one line for every config field that differs, but for `may_change`: dotted fields or groups."""
+    old, new = flatten(saved), flatten(current)
+    lines = []
+    for field in sorted(old.keys() | new.keys()):
+        if any(field == name or field.startswith(name + ".") for name in may_change):
+            continue
+        if old.get(field, _ABSENT) != new.get(field, _ABSENT):
+            lines.append(f"{field} was {old.get(field, _ABSENT)!r}, is {new.get(field, _ABSENT)!r}")
+    return lines
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+_ABSENT = _Absent()
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Returns a nested dictionary as dotted names, with tuples as lists, as JSON would give them back."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.loads(json.dumps(value, allow_nan=False))
+    return flat

@@ -1,0 +1,256 @@
+"""Writing checkpoints in the background, and the directory of one run that owns them."""
+
+import threading
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from sbv2_jax import tree
+from sbv2_jax.checkpoint.files import (
+    PARTIAL,
+    discard,
+    file_sizes,
+    fsync_tree,
+    open_directory,
+    publish,
+    step_numbers,
+)
+from sbv2_jax.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    changed_fields,
+    describe,
+    host_copy,
+    json_digest,
+    read_manifest,
+    unlike_leaves,
+    write_manifest,
+)
+from sbv2_jax.checkpoint.restore import first_good, read_verified
+from sbv2_jax.errors import InputError
+
+# Orbax gives up on a write after ten minutes; a large state on a shared file system may need longer.
+_WRITE_SECONDS = 3600
+
+
+class Checkpoints:
+    """The checkpoints of one run: locked for this process, saved in the background, verified when restored.
+
+    A step is written under `.partial/`, described by its manifest, forced to the disk and only then renamed
+    to its number, so a numbered directory is always a finished one: no kill leaves anything else behind.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int,
+        config: dict[str, Any],
+        fingerprint: str = "",
+        may_change: Sequence[str] = (),
+        force: bool = False,
+        asynchronous: bool = True,
+    ):
+        """Opens, and locks, the directory.
+
+        Args:
+          directory: a path on a local or shared file system; made if it is not there.
+          keep: how many finished steps to keep; older ones are deleted after a newer one is safe.
+          config: the run's configuration, stored with each step and compared at restore.
+          fingerprint: identifies the prompt data; compared at restore too.
+          may_change: dotted config fields, or groups of them, that may differ at restore.
+          force: restore in spite of another configuration or other data.
+          asynchronous: write in the background; otherwise `save` returns when the step is safe.
+
+        Raises InputError where another process holds the directory or where it cannot be written.
+        """
+        if "://" in str(directory):
+            raise InputError(f"checkpoints need a mounted file system, not {directory}")
+        self._directory = Path(directory).absolute()
+        self._keep = max(1, keep)
+        self._config = config
+        self._fingerprint = fingerprint
+        self._may_change = tuple(may_change)
+        self._force = force
+        self._asynchronous = asynchronous
+        self._primary = jax.process_index() == 0
+        self._lock = open_directory(self._directory) if self._primary else None
+        handler = ocp.CompositeCheckpointHandler()
+        self._checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=_WRITE_SECONDS)
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._damaged: set[int] = set()
+
+    def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
+        """Saves a pytree of arrays as `step`; the arrays may be donated as soon as this returns.
+
+        `extra` is JSON and comes back from `restore`. Waits for the save before. Raises CheckpointError for
+        NaN or Inf, for a step that is not newer than the stored ones, and for an error of the save before.
+        """
+        self.wait()
+        newer = [found for found in self._finished() if found >= step]
+        if newer:
+            raise CheckpointError(f"step {step} is not saved: {self._directory} already has step {newer[-1]}")
+        leaves = _named(state)
+        _refuse_non_finite(step, leaves)
+        manifest = Manifest(
+            step=step,
+            config=self._config,
+            config_sha256=json_digest(self._config),
+            fingerprint=self._fingerprint,
+            extra=extra or {},
+            leaves={},
+            files={},
+            versions={name: version(name) for name in ("jax", "orbax-checkpoint")},
+        )
+        json_digest(manifest.extra)  # what JSON cannot hold fails here, not in the background
+        for leaf in leaves.values():
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()
+        hosts = {name: host_copy(leaf) for name, leaf in leaves.items()}
+        try:
+            self._checkpointer.save(
+                self._directory / PARTIAL / str(step),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(leaves)),
+                force=True,
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"step {step} is not saved: {error}") from error
+        self._writer = threading.Thread(target=self._finish, args=(manifest, hosts), name="checkpoint")
+        self._writer.start()
+        if not self._asynchronous:
+            self.wait()
+
+    def _finish(self, manifest: Manifest, hosts: dict[str, np.ndarray]) -> None:
+        try:
+            described = describe(hosts) if self._primary else {}
+            hosts.clear()
+            self._checkpointer.wait_until_finished()
+            if self._primary:
+                self._publish(manifest, described)
+        except BaseException as error:  # noqa: BLE001 (raised again by the next save, wait or close)
+            self._error = error
+
+    def _publish(self, manifest: Manifest, described: dict[str, dict[str, Any]]) -> None:
+        partial = self._directory / PARTIAL / str(manifest.step)
+        fsync_tree(partial)
+        contents = {"leaves": described, "files": file_sizes(partial)}
+        write_manifest(partial, Manifest(**{**vars(manifest), **contents}))
+        publish(self._directory, manifest.step)
+        self._damaged.discard(manifest.step)
+        for old in self._finished()[: -self._keep]:
+            discard(self._directory, old)
+
+    def _finished(self) -> list[int]:
+        """Returns the steps with a sound manifest that no restore of this process found damaged."""
+        finished = []
+        for step in step_numbers(self._directory):
+            try:
+                read_manifest(self._directory / str(step), step)
+            except CheckpointError:
+                continue
+            if step not in self._damaged:
+                finished.append(step)
+        return finished
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """Restores the newest step that verifies, or exactly `step`.
+
+        Args:
+          abstract: a pytree of ShapeDtypeStructs with shardings, the result's structure and placement.
+          step: one step, without fallback.
+
+        Returns the step, the state and the `extra` that was saved with it; None where nothing was ever saved.
+        Raises CheckpointError where steps are stored but none verifies, and InputError, listing every
+        difference, where a sound step has other leaves, shapes, dtypes, configuration or prompt data.
+        """
+        self.wait()
+        if step is None and not step_numbers(self._directory):
+            return None
+        targets = _named(abstract)
+
+        def read(candidate: int) -> tuple[dict[str, Any], Manifest]:
+            directory = self._directory / str(candidate)
+            manifest = read_manifest(directory, candidate)
+            self._refuse_another_run(directory, manifest, targets)
+            return read_verified(directory, manifest, targets), manifest
+
+        found, (leaves, manifest), damaged = first_good(self._directory, step, read)
+        self._damaged.update(damaged)
+        state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in targets])
+        return found, state, manifest.extra
+
+    def _refuse_another_run(self, directory: Path, manifest: Manifest, targets: dict[str, Any]) -> None:
+        unlike = unlike_leaves(manifest.leaves, targets)
+        if unlike:
+            listed = "; ".join(unlike)
+            raise InputError(f"{directory} does not fit the model in {len(unlike)} leaves: {listed}")
+        changed = changed_fields(manifest.config, self._config, self._may_change)
+        if manifest.fingerprint != self._fingerprint:
+            changed.append(f"the prompt data was {manifest.fingerprint!r}, is {self._fingerprint!r}")
+        if changed and not self._force:
+            raise InputError(
+                f"{directory} was saved by another configuration: {'; '.join(changed)} "
+                "(use another directory, or force the resume)"
+            )
+
+    def wait(self) -> None:
+        """Waits until the last save is safe on the disk; raises its error, now and at every later call."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("checkpoint published")
+        if self._error is not None:
+            raise CheckpointError(f"a checkpoint could not be written: {self._error}") from self._error
+
+    def close(self) -> None:
+        """Waits for the last save, then releases the lock; raises the save's error if it failed."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # an error that is already on its way says more
+                raise
+
+
+def _named(state: Any) -> dict[str, Any]:
+    names = tree.leaf_names(state)
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"leaves with one name: {', '.join(twice)}")
+    return dict(zip(names, jax.tree.leaves(state), strict=True))
+
+
+def _refuse_non_finite(step: int, leaves: dict[str, Any]) -> None:
+    floating = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    finite = jax.device_get({name: _all_finite(leaf) for name, leaf in floating.items()})
+    bad = [name for name in floating if not finite[name]]
+    if bad:
+        raise CheckpointError(
+            f"step {step} is not saved: NaN or Inf in {len(bad)} leaves: {', '.join(bad[:20])}"
+            + (" ..." if len(bad) > 20 else "")
+        )
+
+
+@jax.jit
+def _all_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()

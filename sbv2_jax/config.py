@@ -1,0 +1,211 @@
+"""The strict configuration of a distillation run: defaults, what each field may hold, and what must agree.
+
+Nothing here imports jax: a bad field is an error before any device is touched.
+"""
+
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from sbv2_jax.errors import InputError
+from sbv2_jax.fields import Check, check_fields, either, number, one_of, regex, strings, text, whole
+
+# Fields that a resumed run may change freely: they do not alter the numbers of a step already taken.
+MAY_CHANGE = ("steps", "checkpoint", "sample", "mesh")
+
+
+FIELDS: dict[str, Check] = {
+    "steps": whole(1),
+    "batch_size": whole(1),
+    "accumulate": whole(1),
+    "seed": whole(0, 2**32 - 1),
+    "teacher": text(),
+    "prompts": text(),
+    "student.init": text(),
+    "student.mode": one_of("full", "lora"),
+    "student.lr": number(0, above=True),
+    "student.lora.rank": whole(1),
+    "student.lora.alpha": number(0, above=True),
+    "student.lora.targets": regex,
+    "score.lr": number(0, above=True),
+    "score.rank": whole(1),
+    "score.alpha": number(0, above=True),
+    "score.targets": regex,
+    "score.updates_per_step": whole(1),
+    "score.null_prompt_probability": number(0, 1),
+    "vsd.weight": number(0),
+    "vsd.guidance": number(0),
+    "vsd.score_guidance": number(0),
+    "vsd.weighting": one_of("sbv2", "dmd"),
+    "vsd.t_min": whole(0),
+    "vsd.t_max": whole(1, 999),
+    "clip.model": text(empty=True),
+    "clip.weight": number(0),
+    "clip.tau": number(-1, 1),
+    "ema": number(0, 1, below=True),
+    "optimizer.b1": number(0, 1, below=True),
+    "optimizer.b2": number(0, 1, below=True),
+    "optimizer.eps": number(0, above=True),
+    "optimizer.weight_decay": number(0),
+    "optimizer.clip_norm": number(0),
+    "optimizer.schedule": one_of("constant", "cosine"),
+    "optimizer.warmup": whole(0),
+    "mesh.data": either(-1, whole(1)),
+    "mesh.fsdp": whole(1),
+    "precision": one_of("float32", "bfloat16"),
+    "remat": one_of("none", "block"),
+    "checkpoint.every": whole(1),
+    "checkpoint.keep": whole(1),
+    "sample.every": whole(0),
+    "sample.prompts": strings,
+}
+
+
+def default_config() -> ConfigDict:
+    """Returns the paper's full training, locked; what the paper leaves open is said by a config file.
+
+    Source: SwiftBrush v2 (Dao et al., 2024) and SwiftBrush's published training command.
+    """
+    config = ConfigDict()
+    config.steps = 20_000  # updates of the student
+    config.batch_size = 64  # images of one update, over all devices and accumulation
+    config.accumulate = 1  # gradient accumulation: passes that one update is split into
+    config.seed = 0  # of the weights, noise, times and the order of the prompts
+    config.teacher = "bundled"  # a diffusers directory, a hub id, or "bundled" (the OpenMoji pipeline)
+    config.prompts = "bundled"  # a text file, one prompt a line; a TFDS/array_record directory; or "bundled"
+
+    config.student = ConfigDict()
+    config.student.init = "teacher"  # "teacher", or where its UNet comes from (as for teacher; SD-Turbo)
+    config.student.mode = "full"  # "full" trains every weight, "lora" trains low-rank updates of some
+    config.student.lr = 1e-6
+    config.student.lora = ConfigDict()  # read in "lora" mode
+    config.student.lora.rank = 256
+    config.student.lora.alpha = 512.0  # the update is scaled by alpha / rank
+    config.student.lora.targets = r".*\.attn[12]\.to_(q|k|v|out\.0)"  # full match on the module's path
+
+    config.score = ConfigDict()  # the LoRA on the teacher that follows the student's distribution
+    config.score.lr = 1e-3
+    config.score.rank = 64
+    config.score.alpha = 108.0
+    config.score.targets = r".*\.attn[12]\.to_(q|v)"
+    config.score.updates_per_step = 1  # score updates for one student update (DMD2 takes 5 to 10)
+    config.score.null_prompt_probability = 0.1  # a sample trains the unconditional score this often
+
+    config.vsd = ConfigDict()
+    config.vsd.weight = 1.0  # of the VSD loss in the student's objective
+    config.vsd.guidance = 4.5  # classifier-free guidance of the teacher
+    config.vsd.score_guidance = 4.5  # and of the score model; at 1 it costs one forward less
+    config.vsd.weighting = "sbv2"  # "sbv2": s_t^2; "dmd": by the teacher's own error, in x0
+    config.vsd.t_min = 20  # times are drawn from t_min to t_max, both included
+    config.vsd.t_max = 980
+
+    config.clip = ConfigDict()
+    config.clip.model = ""  # a CLIP directory, a hub id, "bundled", or "" for no CLIP loss
+    config.clip.weight = 0.0  # at the first step; falls linearly to 0 over the run
+    config.clip.tau = 0.35  # a sample whose image and text agree by more than this adds nothing
+
+    config.ema = 0.999  # decay of the averaged student; 0 copies the student
+
+    config.optimizer = ConfigDict()  # AdamW, for the student and for the score model
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 1.0  # of the global gradient norm; 0 does not clip
+    config.optimizer.schedule = "constant"  # "constant" or "cosine" (to 0 at the last step)
+    config.optimizer.warmup = 0  # steps over which the learning rates rise linearly from 0
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that share out the batch; -1 is all that fsdp leaves
+    config.mesh.fsdp = 1  # devices that share out the batch and the weights
+    config.precision = "float32"  # of the networks' arithmetic: "float32" or "bfloat16"; masters stay float32
+    config.remat = "none"  # "block" recomputes each block in the backward pass to save memory
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 500  # steps between checkpoints
+    config.checkpoint.keep = 3  # how many of the newest to keep
+
+    config.sample = ConfigDict()
+    config.sample.every = 500  # steps between sample images; 0 draws none
+    config.sample.prompts = ("a red apple on a blue background", "a smiling cat")
+    return config.lock()
+
+
+def shrink(config: ConfigDict) -> None:
+    """Shrinks a run, in place, to a minute on a laptop: the bundled pipeline, a few steps, one device."""
+    config.update(steps=10, batch_size=8, accumulate=1, precision="float32", remat="none")
+    config.update(teacher="bundled", prompts="bundled")
+    config.student.init = "teacher"
+    config.student.lora.update(rank=4, alpha=8.0)
+    config.score.update(rank=4, alpha=8.0)
+    config.clip.model = "bundled" if config.clip.model else ""
+    config.optimizer.warmup = 0
+    config.mesh.update(data=-1, fsdp=1)
+    config.checkpoint.every = 5
+    config.sample.every = 5
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field of a distillation run and every pair that must agree.
+
+    Raises InputError, naming the field, for an unknown or missing one, a wrong type or range, and a conflict.
+    """
+    check_fields(config, FIELDS)
+    for wrong, message in _conflicts(config):
+        if wrong:
+            raise InputError(message)
+
+
+def check_mesh(config: ConfigDict, device_count: int) -> tuple[int, int]:
+    """Returns the mesh (data, fsdp) for this many devices, with data = -1 resolved.
+
+    Raises InputError where the devices cannot form the mesh or the mesh does not divide the batch.
+    """
+    data, fsdp = config.mesh.data, config.mesh.fsdp
+    if data == -1:
+        if device_count % fsdp:
+            raise InputError(f"config.mesh.fsdp = {fsdp} does not divide the {device_count} devices here")
+        data = device_count // fsdp
+    if data * fsdp != device_count:
+        raise InputError(
+            f"config.mesh.data x config.mesh.fsdp = {data} x {fsdp} needs {data * fsdp} devices; "
+            f"there are {device_count}"
+        )
+    _check_batch(config, data * fsdp)
+    return data, fsdp
+
+
+def _check_batch(config: ConfigDict, devices: int) -> None:
+    if config.batch_size % (config.accumulate * devices):
+        raise InputError(
+            f"config.batch_size = {config.batch_size} is not a multiple of "
+            f"config.accumulate x devices of config.mesh = {config.accumulate} x {devices}"
+        )
+
+
+def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
+    vsd, clip, optimizer = config.vsd, config.clip, config.optimizer
+    yield (
+        vsd.t_min >= vsd.t_max,
+        f"config.vsd.t_min = {vsd.t_min} must be below config.vsd.t_max = {vsd.t_max}",
+    )
+    yield (
+        clip.weight > 0 and not clip.model,
+        f"config.clip.weight = {clip.weight:g} needs a config.clip.model",
+    )
+    yield (
+        vsd.weight == 0 and clip.weight == 0,
+        "config.vsd.weight and config.clip.weight are both 0: nothing trains the student",
+    )
+    yield (
+        optimizer.warmup >= config.steps,
+        f"config.optimizer.warmup = {optimizer.warmup} must be below config.steps = {config.steps}",
+    )
+    yield (
+        config.sample.every > 0 and not config.sample.prompts,
+        f"config.sample.every = {config.sample.every} needs config.sample.prompts",
+    )
+    if config.mesh.data == -1:
+        _check_batch(config, config.mesh.fsdp)
+    else:
+        _check_batch(config, config.mesh.data * config.mesh.fsdp)

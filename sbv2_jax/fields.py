@@ -1,0 +1,159 @@
+"""What a config field may hold, checked by small functions, and the loading of config files.
+
+Shared by every configuration of the project; imports neither jax nor a model.
+"""
+
+import difflib
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sbv2_jax.errors import InputError
+
+# A check returns what the value must be where it is not that, and None where it is.
+Check = Callable[[Any], str | None]
+
+
+def load(spec: str) -> ConfigDict:
+    """Returns what the `get_config` of a config file gives, locked; `spec` is FILE.py or FILE.py:ARGUMENT.
+
+    Raises InputError for a missing file, one that does not run, and an argument that it refuses.
+    """
+    name, _, argument = spec.partition(":")
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        raise InputError(f"no config file {name!r} (a .py file is expected)")
+    module_spec = importlib.util.spec_from_file_location("config_file", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the file may raise anything)
+        raise InputError(f"config file {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"config file {name}: get_config() must return a ConfigDict")
+    return config.lock()
+
+
+def words(argument: str, *known: str) -> set[str]:
+    """Splits the argument of a config file at commas; raises InputError for a word that is not known."""
+    found = set(filter(None, argument.split(",")))
+    for word in sorted(found - set(known)):
+        raise InputError(f"unknown config argument {word!r}{nearest(word, known, prefix='')}")
+    return found
+
+
+def field_names(config: Mapping, prefix: str = "") -> list[str]:
+    """Returns the dotted names of all fields, not of the groups that hold them."""
+    names = []
+    for key, value in config.items():
+        names += (
+            field_names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+        )
+    return names
+
+
+def check_fields(config: ConfigDict, fields: Mapping[str, Check]) -> None:
+    """Raises InputError for the first field that is unknown, missing or fails its check."""
+    names = field_names(config)
+    for name in names:
+        if name not in fields:
+            raise InputError(f"unknown field config.{name}{nearest(name, fields)}")
+    for name, check in fields.items():
+        if name not in names:
+            raise InputError(f"config.{name} is missing")
+        value = _get(config, name)
+        expected = check(value)
+        if expected:
+            raise InputError(f"config.{name} must be {expected}, not {value!r}")
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "config.") -> str:
+    """Returns "; did you mean ...?" with the known name most like this one, or an empty string."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    # A name without its group ("guidance") is far from the whole, but is still plain.
+    close = close or [full for full in known if full.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _get(config: ConfigDict, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def whole(low: int, high: int | None = None) -> Check:
+    """A whole number of at least `low`, and at most `high` if given."""
+    text = f"a whole number >= {low}" if high is None else f"a whole number from {low} to {high}"
+
+    def check(value: Any) -> str | None:
+        right = isinstance(value, int) and not isinstance(value, bool) and value >= low
+        return None if right and (high is None or value <= high) else text
+
+    return check
+
+
+def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Check:
+    """A finite number from `low` to `high`; `above` and `below` leave out the ends."""
+    text = f"a finite number {'>' if above else '>='} {low:g}"
+    text += f" {'<' if below else '<='} {high:g}" if high < math.inf else ""
+
+    def check(value: Any) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return text
+        too_low = value <= low if above else value < low
+        too_high = value >= high if below else value > high
+        return text if too_low or too_high else None
+
+    return check
+
+
+def one_of(*choices: str) -> Check:
+    """One of a few words."""
+    text = "one of " + ", ".join(repr(choice) for choice in choices)
+    return lambda value: None if isinstance(value, str) and value in choices else text
+
+
+def either(special: int, otherwise: Check) -> Check:
+    """A number that stands for something special, or whatever `otherwise` accepts."""
+
+    def check(value: Any) -> str | None:
+        # True == 1, so the type is compared as well.
+        if type(value) is int and value == special:
+            return None
+        expected = otherwise(value)
+        return expected and f"{expected}, or {special}"
+
+    return check
+
+
+def text(empty: bool = False) -> Check:
+    """A string, not empty unless `empty`."""
+    expected = "a string" if empty else "a string that is not empty"
+    return lambda value: None if isinstance(value, str) and (empty or value.strip()) else expected
+
+
+def regex(value: Any) -> str | None:
+    """Accepts a regular expression that compiles."""
+    if not isinstance(value, str) or not value:
+        return "a regular expression"
+    try:
+        re.compile(value)
+    except re.error as error:
+        return f"a regular expression ({error})"
+    return None
+
+
+def strings(value: Any) -> str | None:
+    """Accepts a tuple of strings that are not empty."""
+    if isinstance(value, tuple | list) and all(isinstance(item, str) and item.strip() for item in value):
+        return None
+    return "a tuple of strings that are not empty"

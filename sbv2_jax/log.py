@@ -1,0 +1,114 @@
+"""The record of a run: metrics.jsonl with each step exactly once, TensorBoard events, and a progress bar."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from sbv2_jax.errors import InputError
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes the metrics of every step; silent on all processes but the first.
+
+    Args:
+      workdir: the run's directory; gets `metrics.jsonl` and `tensorboard/`.
+      steps: the last step of the run, for the progress bar.
+      batch_size: images of one step, for `images_per_sec`.
+      resume_step: the step that was restored; what was logged beyond it is cut off. 0 starts anew.
+    """
+
+    def __init__(self, workdir: str | Path, *, steps: int, batch_size: int, resume_step: int = 0):
+        self._batch_size = batch_size
+        self._last = (resume_step, time.monotonic())
+        self._file = None
+        if jax.process_index() != 0:
+            return
+        path = Path(workdir) / METRICS
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cut_after(path, resume_step)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        # purge_step makes TensorBoard drop what an interrupted run logged beyond the restored step.
+        self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
+        # Into a file or a pipe, a line twice a minute is enough.
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(total=steps, initial=resume_step, unit="step", mininterval=interval)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records the scalars of one step, with `images_per_sec` since the step recorded before.
+
+        A value that is not finite is null in the JSON, which has no NaN.
+        """
+        if self._file is None:
+            return
+        last_step, last_time = self._last
+        now = time.monotonic()
+        self._last = (step, now)
+        values = {name: float(value) for name, value in metrics.items()}
+        values["images_per_sec"] = self._batch_size * (step - last_step) / max(now - last_time, 1e-9)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        losses = {name[5:]: f"{value:.3g}" for name, value in values.items() if name.startswith("loss/")}
+        speed = {"img/s": f"{values['images_per_sec']:.3g}"}
+        self._bar.set_postfix(losses | speed, refresh=False)
+        self._bar.update(step - last_step)
+
+    def close(self) -> None:
+        """Writes out what is buffered and ends the progress bar."""
+        if self._file is not None:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Keeps each step up to `step` exactly once in a metrics file, the last line of it, and nothing else.
+
+    A torn last line (the process died while writing) is dropped; the file is replaced in one rename.
+    """
+    if not path.exists():
+        return
+    kept: dict[int, str] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            found = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            logging.warning("%s: line %d is torn and was dropped", path, number)
+            continue
+        if found <= step:
+            kept[found] = line
+    scratch = path.with_suffix(".jsonl.tmp")
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.writelines(kept[found] + "\n" for found in sorted(kept))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        yield from filter(None, (line.strip() for line in file))

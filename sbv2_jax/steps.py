@@ -1,0 +1,376 @@
+"""The training step of SwiftBrush v2: pure stages with only latents between them, and their composition.
+
+    draw          step, key               -> all random numbers of the step
+    encode        prompts                 -> text conditions
+    generate      student, z              -> x, the student's one-step sample
+    difference    teacher and score, x    -> the VSD gradient at x
+    pull          x                       -> d loss / d x, in latent space: VSD and clamped CLIP
+    student       d loss / d x            -> new student, EMA
+    score         x                       -> new score LoRA
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sbv2_jax import losses
+from sbv2_jax.models.network import Network
+from sbv2_jax.schedule import Schedule, add_noise, classifier_free_guidance, to_epsilon, to_x0
+from sbv2_jax.state import Frozen, TrainState
+from sbv2_jax.tree import Params, cast, lerp
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Every number of the method that a step depends on; the comments of `config.py` explain them."""
+
+    steps: int
+    latent_shape: tuple[int, int, int]
+    compute_dtype: jnp.dtype = jnp.float32
+    accumulate: int = 1
+    vsd_weight: float = 1.0
+    guidance: float = 4.5
+    score_guidance: float = 4.5
+    weighting: str = "sbv2"
+    t_min: int = 20
+    t_max: int = 980
+    clip_weight: float = 0.0
+    clip_tau: float = 0.35
+    student_lora_scale: float = 1.0
+    score_lora_scale: float = 1.0
+    score_updates: int = 1
+    null_prompt_probability: float = 0.1
+    ema: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models:
+    """The networks of a run and their schedules; `score` is the teacher's UNet with a LoRA, and serves both.
+
+    `decode(params, latents)` returns pictures in [-1, 1], `clip_image(params, pictures)` and
+    `clip_text(params, input_ids)` return features [B, D]; all three are None without the CLIP loss.
+    """
+
+    student: Network
+    student_schedule: Schedule
+    score: Network
+    score_schedule: Schedule
+    text_encoder: Network
+    decode: Callable[[Params, jax.Array], jax.Array] | None = None
+    clip_image: Callable[[Params, jax.Array], jax.Array] | None = None
+    clip_text: Callable[[Params, jax.Array], jax.Array] | None = None
+
+
+class Batch(NamedTuple):
+    """Token ids [B, S] for the text encoder, and for the CLIP of the loss (None without it)."""
+
+    input_ids: jax.Array
+    clip_input_ids: jax.Array | None
+
+
+class Conditions(NamedTuple):
+    """The prompts as the networks take them: context [B, S, D], and the loss's text features [B, E] or None."""
+
+    context: jax.Array
+    clip_text: jax.Array | None
+
+
+class StudentNoise(NamedTuple):
+    """The random numbers of the student's update: z, noise [B, h, w, C] and t [B]."""
+
+    z: jax.Array
+    noise: jax.Array
+    t: jax.Array
+
+
+class ScoreNoise(NamedTuple):
+    """The random numbers of one score update: noise [B, h, w, C], t [B], null [B] (the prompt is dropped)."""
+
+    noise: jax.Array
+    t: jax.Array
+    null: jax.Array
+
+
+def draw(
+    objective: Objective, key: jax.Array, step: jax.Array, batch_size: int, timesteps: int
+) -> tuple[StudentNoise, ScoreNoise]:
+    """Draws the whole batch's random numbers at once, each from a key of its own name.
+
+    They depend on the root key and the step alone: not on the mesh, nor on how the batch is accumulated.
+    The score's arrays have a leading axis of `score_updates`.
+    """
+    root = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+    names = ("z", "vsd_noise", "vsd_t", "score_noise", "score_t", "null_prompt")
+    keys = dict(zip(names, jax.random.split(root, len(names)), strict=True))
+    shape = (batch_size, *objective.latent_shape)
+    updates = objective.score_updates
+    student = StudentNoise(
+        z=jax.random.normal(keys["z"], shape),
+        noise=jax.random.normal(keys["vsd_noise"], shape),
+        t=jax.random.randint(keys["vsd_t"], (batch_size,), objective.t_min, objective.t_max + 1),
+    )
+    score = ScoreNoise(
+        noise=jax.random.normal(keys["score_noise"], (updates, *shape)),
+        t=jax.random.randint(keys["score_t"], (updates, batch_size), 0, timesteps),
+        null=jax.random.bernoulli(
+            keys["null_prompt"], objective.null_prompt_probability, (updates, batch_size)
+        ),
+    )
+    return student, score
+
+
+def encode(models: Models, frozen: Frozen, batch: Batch) -> Conditions:
+    """Encodes the prompts, for the UNets and for the CLIP loss."""
+    context = models.text_encoder.apply(frozen.text_encoder, batch.input_ids).last_hidden_state
+    text = None
+    if models.clip_text is not None:
+        text = models.clip_text(frozen.clip, batch.clip_input_ids).astype(jnp.float32)
+    return Conditions(context, text)
+
+
+def generate(
+    models: Models, objective: Objective, student: Params, frozen: Frozen, z: jax.Array, context: jax.Array
+) -> jax.Array:
+    """Returns x = G(z, y), float32 [B, h, w, C]: the x0 that the student predicts at the last timestep from z."""
+    schedule = models.student_schedule
+    t = jnp.full(z.shape[:1], schedule.num_timesteps - 1, jnp.int32)
+    output = models.student.apply(
+        {**frozen.student, **cast(student, objective.compute_dtype)},
+        z.astype(objective.compute_dtype),
+        t,
+        context,
+        lora_scale=objective.student_lora_scale,
+    )
+    return to_x0(schedule, output.astype(jnp.float32), z, t)
+
+
+def difference(
+    models: Models,
+    objective: Objective,
+    score: Params,
+    frozen: Frozen,
+    x: jax.Array,
+    noise: StudentNoise,
+    context: jax.Array,
+) -> jax.Array:
+    """Returns the VSD gradient at x, [B, h, w, C], from one forward of the UNet over all rows.
+
+    Teacher and score, conditional and not, differ by the text and by a per-row LoRA scale (0 for the
+    teacher), so one copy of the network in the program serves them all. A guidance of 1 has no
+    unconditional rows.
+    """
+    schedule, count = models.score_schedule, x.shape[0]
+    x_t = add_noise(schedule, x, noise.noise, noise.t)
+    null = jnp.broadcast_to(frozen.null_context, context.shape)
+    passes = [
+        (text, scale)
+        for guidance, scale in ((objective.guidance, 0.0), (objective.score_guidance, objective.score_lora_scale))
+        for text in ((context,) if guidance == 1.0 else (context, null))
+    ]
+    output = models.score.apply(
+        {**frozen.teacher, **cast(score, objective.compute_dtype)},
+        jnp.concatenate([x_t.astype(objective.compute_dtype)] * len(passes)),
+        jnp.concatenate([noise.t] * len(passes)),
+        jnp.concatenate([text for text, _ in passes]),
+        lora_scale=jnp.repeat(jnp.array([scale for _, scale in passes]), count),
+    )
+    rows = iter(jnp.split(output.astype(jnp.float32), len(passes)))
+
+    def guided(guidance: float) -> jax.Array:
+        conditional = next(rows)
+        if guidance != 1.0:
+            conditional = classifier_free_guidance(conditional, next(rows), guidance)
+        return to_epsilon(schedule, conditional, x_t, noise.t)
+
+    teacher_epsilon, score_epsilon = guided(objective.guidance), guided(objective.score_guidance)
+    return losses.vsd_gradient(
+        schedule, objective.weighting, x, x_t, noise.t, teacher_epsilon, score_epsilon
+    )
+
+
+def pull(
+    models: Models,
+    objective: Objective,
+    frozen: Frozen,
+    x: jax.Array,
+    gradient: jax.Array,
+    clip_text: jax.Array | None,
+    clip_weight: jax.Array,
+) -> tuple[jax.Array, Metrics]:
+    """Returns d loss / d x, [B, h, w, C], and the losses: all that the student's backward pass needs.
+
+    The loss is the mean over the batch of the VSD surrogate and, weighted, of the clamped CLIP loss, whose
+    gradient flows through CLIP, the resize and the decoder.
+    """
+
+    def loss(x: jax.Array) -> tuple[jax.Array, Metrics]:
+        vsd = jnp.mean(losses.vsd_loss(x, gradient))
+        total, metrics = objective.vsd_weight * vsd, {"loss/vsd": vsd}
+        if models.clip_image is not None:
+            pictures = models.decode(frozen.decoder, x.astype(objective.compute_dtype))
+            features = models.clip_image(frozen.clip, pictures).astype(jnp.float32)
+            clip = jnp.mean(losses.clamped_clip_loss(features, clip_text, objective.clip_tau))
+            total += clip_weight * clip
+            metrics |= {"loss/clip": clip, "clip/cosine": jnp.mean(losses.cosine(features, clip_text))}
+        return total, metrics
+
+    return jax.grad(loss, has_aux=True)(x)
+
+
+def student_gradient(
+    models: Models,
+    objective: Objective,
+    state: TrainState,
+    frozen: Frozen,
+    conditions: Conditions,
+    noise: StudentNoise,
+) -> tuple[Params, jax.Array, Metrics]:
+    """Returns the gradient to the student's parameters, its samples x without gradient, and the losses."""
+    clip_weight = objective.clip_weight * (1.0 - state.step / objective.steps)
+    x, backward = jax.vjp(
+        lambda student: generate(models, objective, student, frozen, noise.z, conditions.context),
+        state.student,
+    )
+    gradient = difference(models, objective, state.score, frozen, x, noise, conditions.context)
+    dx, metrics = pull(models, objective, frozen, x, gradient, conditions.clip_text, clip_weight)
+    (grads,) = backward(dx)
+    return grads, x, metrics
+
+
+def score_gradient(
+    models: Models,
+    objective: Objective,
+    score: Params,
+    frozen: Frozen,
+    x: jax.Array,
+    context: jax.Array,
+    noise: ScoreNoise,
+) -> tuple[Params, Metrics]:
+    """Returns the gradient of the denoising loss on x to the score LoRA, and the loss."""
+    schedule = models.score_schedule
+    x_t = add_noise(schedule, x, noise.noise, noise.t)
+    context = jnp.where(noise.null[:, None, None], frozen.null_context[None], context)
+
+    def loss(score: Params) -> jax.Array:
+        output = models.score.apply(
+            {**frozen.teacher, **cast(score, objective.compute_dtype)},
+            x_t.astype(objective.compute_dtype),
+            noise.t,
+            context,
+            lora_scale=objective.score_lora_scale,
+        )
+        epsilon = to_epsilon(schedule, output.astype(jnp.float32), x_t, noise.t)
+        return jnp.mean(losses.score_loss(schedule, epsilon, noise.noise, noise.t))
+
+    value, grads = jax.value_and_grad(loss)(score)
+    return grads, {"loss/score": value}
+
+
+def make_train_step(
+    models: Models,
+    objective: Objective,
+    student_optimizer: optax.GradientTransformation,
+    score_optimizer: optax.GradientTransformation,
+    constrain: Callable[[Any], Any] = lambda tree: tree,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
+    """Returns the pure function `train_step(state, frozen, batch) -> (state, metrics)`, to be jitted.
+
+    `constrain` shards the leading axis of every array of a pytree over the mesh. Where a loss or a gradient
+    is not finite, nothing but the step count changes and the metric `skipped` is 1. Every metric is a
+    float32 scalar.
+    """
+    timesteps = models.score_schedule.num_timesteps
+
+    def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        student_noise, score_noise = draw(
+            objective, state.key, state.step, batch.input_ids.shape[0], timesteps
+        )
+        conditions = constrain(encode(models, frozen, batch))
+
+        def student_pass(conditions: Conditions, noise: StudentNoise):
+            grads, x, metrics = student_gradient(models, objective, state, frozen, conditions, noise)
+            return (grads, metrics), x
+
+        (grads, metrics), x = _accumulated(
+            student_pass, objective.accumulate, (conditions, constrain(student_noise))
+        )
+        metrics |= {"grad_norm/student": optax.global_norm(grads), "latents/std": jnp.std(x)}
+        student, student_opt = _update(student_optimizer, grads, state.student_opt, state.student)
+        ema = lerp(state.ema, student, objective.ema) if state.ema else {}
+
+        def score_update(carry: tuple[Params, Any], noise: ScoreNoise):
+            score, score_opt = carry
+
+            def score_pass(x: jax.Array, context: jax.Array, noise: ScoreNoise):
+                return score_gradient(models, objective, score, frozen, x, context, noise), ()
+
+            (grads, metrics), _ = _accumulated(
+                score_pass, objective.accumulate, (x, conditions.context, constrain(noise))
+            )
+            metrics |= {"grad_norm/score": optax.global_norm(grads)}
+            return _update(score_optimizer, grads, score_opt, score), metrics
+
+        (score, score_opt), score_metrics = _scan(score_update, (state.score, state.score_opt), score_noise)
+        metrics |= jax.tree.map(jnp.mean, score_metrics)
+
+        finite = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
+        new = TrainState(
+            step=state.step,
+            key=state.key,
+            student=student,
+            student_opt=student_opt,
+            ema=ema,
+            score=score,
+            score_opt=score_opt,
+        )
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+        return dataclasses.replace(new, step=state.step + 1), metrics
+
+    return train_step
+
+
+def _update(
+    optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params
+) -> tuple[Params, optax.OptState]:
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def _scan(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`lax.scan`, but a single iteration stays straight-line code: XLA's CPU backend runs loops on one core."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(body, carry, xs)
+    carry, out = body(carry, jax.tree.map(lambda a: a[0], xs))
+    return carry, jax.tree.map(lambda a: a[None], out)
+
+
+def _accumulated(one_pass: Callable, passes: int, args: tuple) -> tuple[Any, Any]:
+    """Runs `one_pass(*args) -> (to average, per sample)` over the batch in equal parts.
+
+    Every part takes samples from every device, so the leading axis keeps its sharding.
+    """
+    if passes == 1:
+        return one_pass(*args)
+
+    def split(a: jax.Array) -> jax.Array:
+        return a.reshape(a.shape[0] // passes, passes, *a.shape[1:]).swapaxes(0, 1)
+
+    def body(total: Any, part: tuple) -> tuple[Any, Any]:
+        value, samples = one_pass(*part)
+        return jax.tree.map(jnp.add, total, value), samples
+
+    parts = jax.tree.map(split, args)
+    shapes = jax.eval_shape(lambda part: one_pass(*part)[0], jax.tree.map(lambda a: a[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, samples = jax.lax.scan(body, zeros, parts)
+    return (
+        jax.tree.map(lambda a: a / passes, total),
+        jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), samples),
+    )
