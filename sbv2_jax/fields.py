@@ -104,7 +104,7 @@ def whole(low: int, high: int | None = None) -> Check:
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Check:
     """A finite number from `low` to `high`; `above` and `below` leave out the ends."""
     text = f"a finite number {'>' if above else '>='} {low:g}"
-    text += f" {'<' if below else '<='} {high:g}" if high < math.inf else ""
+    text += f" and {'<' if below else '<='} {high:g}" if high < math.inf else ""
 
     def check(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from sbv2_jax.data import openmoji, render
 from sbv2_jax.data.identities import SPLITS
 from sbv2_jax.data.scenes import BACKGROUNDS, POSITIONS, SIZES
+from sbv2_jax.errors import InputError
 
 _DESCRIPTION = f"""
 Captioned 64 px pictures: emoji drawings composed on coloured backgrounds, in three sizes and five positions,
@@ -98,8 +100,21 @@ def sources(data_dir: str, config: str | OpenMojiConfig = "full") -> dict:
     """Returns {split: random-access source of dicts}, preparing the files under `data_dir` the first time.
 
     `image` is uint8 [64, 64, 3], `caption` and `identity` are bytes, the other facts are class indices.
-    Raises InputError when the [openmoji] extra is not installed.
+    Raises InputError when the [openmoji] extra is not installed, or when the files under `data_dir` are of
+    another world (seed, identities, number of pictures) under the same name.
     """
     builder = OpenMoji(data_dir=data_dir, config=config, file_format="array_record")
     builder.download_and_prepare()
+    _check(builder)
     return {split: builder.as_data_source(split=split) for split in SPLITS}
+
+
+def _check(builder: OpenMoji) -> None:
+    wanted = builder.builder_config
+    found = json.loads((builder.data_path / "metadata.json").read_text())["manifest"]
+    counts = {split: builder.info.splits[split].num_examples for split in SPLITS}
+    if found != openmoji.manifest(wanted.seed) or any(counts[s] != getattr(wanted, s) for s in SPLITS):
+        raise InputError(
+            f"{builder.data_path}: holds another OpenMoji world (seed {found['seed']}, pictures {counts}): "
+            "remove it, or use another directory or config name"
+        )

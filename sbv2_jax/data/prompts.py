@@ -1,0 +1,157 @@
+"""Prompts for distillation: sources of text, and the endless stream of batches that training reads."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, SupportsIndex
+
+import grain
+
+from sbv2_jax.data.text_prompts import TextPrompts, decode
+from sbv2_jax.errors import InputError
+
+
+class PromptSource(Protocol):
+    """A random-access source of prompts (grain's protocol) that can say what it holds."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: SupportsIndex) -> str: ...
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 over everything that decides which prompt has which index."""
+        ...
+
+
+def open_prompts(path: str | os.PathLike, split: str = "train", skip_bad: bool = False) -> PromptSource:
+    """Returns the prompt source at `path`.
+
+    "openmoji" or "openmoji:COUNT": captions of the OpenMoji world (50,000 without a count). A directory with
+    a dataset_info.json: the `caption` of that TFDS split. A directory of *.array_record* files, or one such
+    file: a prompt a record, UTF-8. Anything else: a text file, one prompt a line (`TextPrompts`, to which
+    `skip_bad` goes). Raises InputError for what is missing, empty or broken.
+    """
+    world = re.fullmatch(r"openmoji(?::(\d+))?", os.fspath(path))
+    if world:
+        from sbv2_jax.data.openmoji import Captions
+
+        return Captions(int(world[1])) if world[1] else Captions()
+    path = Path(path)
+    if path.is_dir() and (path / "dataset_info.json").is_file():
+        return RecordPrompts(_tfds_files(path, split), _tfds_caption(path))
+    if path.is_dir():
+        files = sorted(path.glob("*.array_record*"))
+        if not files:
+            raise InputError(f"{path}: a directory without array_record files: give a text file of prompts")
+        return RecordPrompts(files)
+    if ".array_record" in path.name:
+        return RecordPrompts([path])
+    return TextPrompts(path, skip_bad)
+
+
+class RecordPrompts:
+    """A random-access source of `str` over array_record files.
+
+    `caption_of` turns a record (bytes) into a prompt (bytes); without it the record is the prompt. The rules
+    of `TextPrompts` for length and characters hold; a record that is unreadable, blank or not UTF-8 raises
+    InputError with its number when it is read.
+    """
+
+    def __init__(self, files: list[Path], caption_of=None):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self._files, self._caption_of = [os.fspath(file) for file in files], caption_of
+        try:
+            self._records = ArrayRecordDataSource(self._files)
+            self._length = len(self._records)
+        except Exception as error:  # array_record raises bare C++ errors of several types
+            raise InputError(f"{self._files[0]}: not a whole array_record file: {_line(error)}") from error
+        if not self._length:
+            raise InputError(f"{self._files[0]}: holds no records")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: SupportsIndex) -> str:
+        index = int(index)
+        try:
+            record = self._records[index]
+            prompt = decode(self._caption_of(record) if self._caption_of else record)
+        except IndexError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self._files[0]}, record {index}: {_line(error)}") from error
+        if not prompt:
+            raise InputError(f"{self._files[0]}, record {index}: a blank prompt: leave the record out")
+        return prompt
+
+    def __repr__(self) -> str:
+        return f"RecordPrompts({self._files[0]!r}, {self._length} prompts)"
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 over the contents of the files, in their order."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _tfds_files(path: Path, split: str) -> list[Path]:
+    info = json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))
+    if info.get("fileFormat") != "array_record":
+        raise InputError(f"{path}: a TFDS directory in another format: prepare it with array_record")
+    splits = [one["name"] for one in info["splits"]]
+    if split not in splits:
+        raise InputError(f"{path}: no split {split!r}: it has {', '.join(splits)}")
+    return sorted(path.glob(f"*-{split}.array_record*"))
+
+
+def _tfds_caption(path: Path):
+    """Returns a function from a record of this TFDS directory to its caption; no picture is decoded."""
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict.from_config(str(path))
+    if "caption" not in features:
+        raise InputError(f"{path}: its features {sorted(features)} have no caption")
+    captions = tfds.features.FeaturesDict({"caption": features["caption"]})
+    return lambda record: captions.deserialize_example_np(record)["caption"]
+
+
+def prompt_batches(
+    source: PromptSource,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 2,
+) -> Iterator[list[str]]:
+    """Yields this process's prompts of global step `start_step`, `start_step` + 1, ... without end.
+
+    `batch_size` is global; each process gets `batch_size / process_count` prompts, and the processes' lists,
+    joined in their order, are the same whatever their number. Every epoch is a new permutation, and a batch
+    may span two. The position comes from the step alone, so a resumed run goes on exactly. `prefetch` batches
+    are read ahead in a thread (0: none). Raises InputError when the prompts do not fill a batch, or the
+    processes do not divide it.
+    """
+    if len(source) < batch_size:
+        raise InputError(
+            f"{source!r}: fewer prompts than the batch size {batch_size}: add prompts or lower batch_size"
+        )
+    if batch_size % process_count:
+        raise InputError(f"batch_size {batch_size}: not divisible by the {process_count} processes")
+    local = batch_size // process_count
+    prompts = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    # The stream is endless; without drop_remainder its length overflows at one prompt a batch.
+    stream = prompts.batch(local, drop_remainder=True, batch_fn=list)
+    mine = stream[start_step * process_count + process_index :: process_count]
+    ahead = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    return iter(mine.to_iter_dataset(ahead))

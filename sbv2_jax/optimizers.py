@@ -1,0 +1,22 @@
+"""AdamW with a global-norm clip and a learning-rate schedule."""
+
+import optax
+
+
+def learning_rate(peak: float, schedule: str, warmup: int, steps: int) -> optax.Schedule:
+    """Returns the learning rate by step: linear from 0 over `warmup`, then constant, or a cosine to 0 at `steps`."""
+    if schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps)
+    if warmup == 0:
+        return optax.constant_schedule(peak)
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup]
+    )
+
+
+def adamw(
+    rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """Returns AdamW (Loshchilov and Hutter, 2019) behind a clip of the global norm; a `clip_norm` of 0 does not clip."""
+    optimizer = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
