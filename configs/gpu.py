@@ -17,6 +17,8 @@ def get_config(argument: str = "") -> ConfigDict:
     chosen = words(argument, "lora", "runlocal")
     config = default_config()
     config.teacher = "checkpoints/stable-diffusion-2-1-base"
+    config.architecture = "sd21-base"
+    config.resolution = 512
     config.student.init = "checkpoints/sd-turbo"
     config.prompts = "data/prompts.txt"
     config.batch_size = 64
@@ -27,6 +29,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.student.mode = "lora"
         config.student.lr = 1e-3
         config.clip.model = "checkpoints/clip-vit-base-patch32"
+        config.clip.decoder = "checkpoints/taesd"
         config.clip.weight = 0.1
     if "runlocal" in chosen:
         shrink(config)

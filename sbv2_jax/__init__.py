@@ -1,1 +1,17 @@
 """One-step text-to-image diffusion by SwiftBrush v2 distillation, in JAX."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sbv2_jax.inference import Pipeline, generate, load
+
+__all__ = ["Pipeline", "generate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: a command that only reads flags need not wait for jax.
+    if name in __all__:
+        from sbv2_jax import inference
+
+        return getattr(inference, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

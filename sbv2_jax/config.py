@@ -20,6 +20,8 @@ FIELDS: dict[str, Check] = {
     "accumulate": whole(1),
     "seed": whole(0, 2**32 - 1),
     "teacher": text(),
+    "architecture": text(empty=True),
+    "resolution": whole(0),
     "prompts": text(),
     "student.init": text(),
     "student.mode": one_of("full", "lora"),
@@ -40,6 +42,7 @@ FIELDS: dict[str, Check] = {
     "vsd.t_min": whole(0),
     "vsd.t_max": whole(1, 999),
     "clip.model": text(empty=True),
+    "clip.decoder": text(),
     "clip.weight": number(0),
     "clip.tau": number(-1, 1),
     "ema": number(0, 1, below=True),
@@ -72,7 +75,9 @@ def default_config() -> ConfigDict:
     config.accumulate = 1  # gradient accumulation: passes that one update is split into
     config.seed = 0  # of the weights, noise, times and the order of the prompts
     config.teacher = "bundled"  # a diffusers directory, a hub id, or "bundled" (the OpenMoji pipeline)
-    config.prompts = "bundled"  # a text file, one prompt a line; a TFDS/array_record directory; or "bundled"
+    config.architecture = ""  # "sd15", "sd21-base", "sd21": what the teacher must be; sizes a dry run without it
+    config.resolution = 0  # pixels a side; 0 is what the teacher's UNet was made for
+    config.prompts = "openmoji"  # a text file, one prompt a line; a TFDS/array_record directory; or "openmoji"
 
     config.student = ConfigDict()
     config.student.init = "teacher"  # "teacher", or where its UNet comes from (as for teacher; SD-Turbo)
@@ -101,10 +106,11 @@ def default_config() -> ConfigDict:
 
     config.clip = ConfigDict()
     config.clip.model = ""  # a CLIP directory, a hub id, "bundled", or "" for no CLIP loss
+    config.clip.decoder = "vae_tiny"  # "vae_tiny" or "vae" of the teacher, or an AutoencoderTiny directory or hub id
     config.clip.weight = 0.0  # at the first step; falls linearly to 0 over the run
     config.clip.tau = 0.35  # a sample whose image and text agree by more than this adds nothing
 
-    config.ema = 0.999  # decay of the averaged student; 0 copies the student
+    config.ema = 0.999  # decay of the averaged student; 0 keeps none
 
     config.optimizer = ConfigDict()  # AdamW, for the student and for the score model
     config.optimizer.b1 = 0.9
@@ -134,11 +140,12 @@ def default_config() -> ConfigDict:
 def shrink(config: ConfigDict) -> None:
     """Shrinks a run, in place, to a minute on a laptop: the bundled pipeline, a few steps, one device."""
     config.update(steps=10, batch_size=8, accumulate=1, precision="float32", remat="none")
-    config.update(teacher="bundled", prompts="bundled")
+    config.update(teacher="bundled", prompts="openmoji", architecture="", resolution=0)
     config.student.init = "teacher"
     config.student.lora.update(rank=4, alpha=8.0)
     config.score.update(rank=4, alpha=8.0)
     config.clip.model = "bundled" if config.clip.model else ""
+    config.clip.decoder = "vae_tiny"
     config.optimizer.warmup = 0
     config.mesh.update(data=-1, fsdp=1)
     config.checkpoint.every = 5

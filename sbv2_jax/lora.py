@@ -26,7 +26,9 @@ def attach(model: nnx.Module, targets: str, rank: int, rngs: nnx.Rngs) -> nnx.Mo
     modules = [(".".join(map(str, path)), module) for path, module in nnx.iter_modules(model)]
     matched = [(path, module) for path, module in modules if pattern.fullmatch(path)]
     if convolutions := [path for path, module in matched if isinstance(module, nnx.Conv)]:
-        raise InputError(f"LoRA targets {targets!r} match convolutions, only dense layers can: {convolutions}")
+        raise InputError(
+            f"LoRA targets {targets!r} match convolutions, only dense layers can: {convolutions}"
+        )
     layers = [module for _, module in matched if isinstance(module, Linear)]
     if not layers:
         raise InputError(f"LoRA targets {targets!r} match no dense layer of {type(model).__name__}")
@@ -58,9 +60,7 @@ def merge(base: Params, lora: Params, scale: float) -> Params:
     merged = dict(base)
     for module in modules:
         kernel = base[f"{module}.kernel"]
-        down, up = (
-            lora[f"{module}{_INFIX}{part}.kernel"].astype(jnp.float32) for part in ("down", "up")
-        )
+        down, up = (lora[f"{module}{_INFIX}{part}.kernel"].astype(jnp.float32) for part in ("down", "up"))
         update = scale * jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
         merged[f"{module}.kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
     return merged

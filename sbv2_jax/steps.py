@@ -1,12 +1,12 @@
 """The training step of SwiftBrush v2: pure stages with only latents between them, and their composition.
 
-    draw          step, key               -> all random numbers of the step
-    encode        prompts                 -> text conditions
-    generate      student, z              -> x, the student's one-step sample
-    difference    teacher and score, x    -> the VSD gradient at x
-    pull          x                       -> d loss / d x, in latent space: VSD and clamped CLIP
-    student       d loss / d x            -> new student, EMA
-    score         x                       -> new score LoRA
+draw          step, key               -> all random numbers of the step
+encode        prompts                 -> text conditions
+generate      student, z              -> x, the student's one-step sample
+difference    teacher and score, x    -> the VSD gradient at x
+pull          x                       -> d loss / d x, in latent space: VSD and clamped CLIP
+student       d loss / d x            -> new student, EMA
+score         x                       -> new score LoRA
 """
 
 import dataclasses
@@ -170,7 +170,10 @@ def difference(
     null = jnp.broadcast_to(frozen.null_context, context.shape)
     passes = [
         (text, scale)
-        for guidance, scale in ((objective.guidance, 0.0), (objective.score_guidance, objective.score_lora_scale))
+        for guidance, scale in (
+            (objective.guidance, 0.0),
+            (objective.score_guidance, objective.score_lora_scale),
+        )
         for text in ((context,) if guidance == 1.0 else (context, null))
     ]
     output = models.score.apply(
@@ -189,9 +192,7 @@ def difference(
         return to_epsilon(schedule, conditional, x_t, noise.t)
 
     teacher_epsilon, score_epsilon = guided(objective.guidance), guided(objective.score_guidance)
-    return losses.vsd_gradient(
-        schedule, objective.weighting, x, x_t, noise.t, teacher_epsilon, score_epsilon
-    )
+    return losses.vsd_gradient(schedule, objective.weighting, x, x_t, noise.t, teacher_epsilon, score_epsilon)
 
 
 def pull(

@@ -17,7 +17,7 @@ from sbv2_jax.data.identities import SPLITS, by_name, identities, split_of
 from sbv2_jax.data.scenes import BACKGROUNDS, Scene
 from sbv2_jax.errors import InputError
 
-MANIFEST = "d83d6fb94a4b32f42058687502b001efe93644ebfa3a8bb2fab0f539a543cbb7"
+MANIFEST = "97a8c578cab78d1122aaaad5c0b77472e77cbfb2f444a7e920600f3f5d1ce2a0"
 CENTER_XY = {"left": -1, "right": 1, "top": -1, "bottom": 1}
 
 
@@ -106,7 +106,7 @@ def test_nothing_is_clipped_or_merged_into_the_frame():
 
 
 def test_flips_only_where_a_mirror_image_means_the_same():
-    for name in ("flag of canada", "left arrow", "stop sign", "alarm clock", "musical notes", "world map"):
+    for name in ("flag of canada", "left arrow", "stop sign", "alarm clock", "musical notes", "compass"):
         assert not by_name()[name].flip, name
     for one in identities():
         if re.search(r"flag|arrow|clock|(blue|green) book|question|banknote|newspaper", one.name):
@@ -119,12 +119,12 @@ def test_flips_only_where_a_mirror_image_means_the_same():
         for index in range(24):
             mask = ink(render.compose(Scene(name, "white", "large", "center"), (0, "flip", index)), "white")
             left, _, right, _ = box(mask)
-            found.add(bool(np.nonzero(mask)[1].mean() > (left + right) / 2))
+            found.add(bool(np.nonzero(mask)[1].mean() > (left + right - 1) / 2))
         return found
 
     assert leans_right("right arrow") == {True}
     assert leans_right("left arrow") == {False}
-    assert leans_right("snail") == {True, False}
+    assert leans_right("high-heeled shoe") == {True, False}
 
 
 def test_a_picture_is_a_function_of_seed_and_index_in_any_process():
@@ -158,7 +158,7 @@ def test_captions_say_the_facts_with_right_articles():
         for word in re.findall(r"\ban? [a-z0-9]+", text):
             article, noun = word.split()
             vowel = noun[0] in "aeiou" or noun in ("hourglass", "x")
-            exception = noun in ("unicorn", "one", "euro", "used")
+            exception = noun in ("unicorn", "one", "euro", "ewe")
             assert (article == "an") == (vowel and not exception), text
         rest = text.replace(scene.identity, "")
         omitted["size"] += not re.search(rf"\b{scene.size}\b", rest)

@@ -213,9 +213,9 @@ def test_remat_changes_no_number(rng):
     context = rng.standard_normal((1, 7, 20), np.float32)
 
     def gradient(network):
-        return jax.jit(
-            jax.grad(lambda p: jnp.sum(network.apply(p, latents, np.array([500]), context) ** 2))
-        )(params)
+        return jax.jit(jax.grad(lambda p: jnp.sum(network.apply(p, latents, np.array([500]), context) ** 2)))(
+            params
+        )
 
     ours, theirs = gradient(remat), gradient(plain)
     assert max(relative_error(ours[name], theirs[name]) for name in ours if np.any(theirs[name])) < 1e-4

@@ -50,7 +50,9 @@ def params_from_torch(
     Raises InputError that lists every missing or extra name and every wrong shape, named as in `source`.
     """
     ours = torch_names(shapes)
-    converted = {ours.get(name, name): to_ours(ours.get(name, name), array) for name, array in tensors.items()}
+    converted = {
+        ours.get(name, name): to_ours(ours.get(name, name), array) for name, array in tensors.items()
+    }
     require_same(converted, shapes, source, "the network of its config.json")
     return {name: converted[name] for name in shapes}
 

@@ -188,9 +188,7 @@ class DownBlock(_Block):
                 [Downsample2D(channels, channels, padding=config.downsample_padding, rngs=rngs)]
             )
 
-    def __call__(
-        self, x: jax.Array, emb: jax.Array, context: jax.Array
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(self, x: jax.Array, emb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = self._call(resnet, x, emb)
@@ -238,10 +236,7 @@ class UpBlock(_Block):
         if self.attends:
             self.attentions = nnx.List([_transformer(config, level, rngs) for _ in range(layers)])
         self.resnets = nnx.List(
-            [
-                _resnet(config, width + skip, channels, rngs)
-                for width, skip in zip(inputs, skips, strict=True)
-            ]
+            [_resnet(config, width + skip, channels, rngs) for width, skip in zip(inputs, skips, strict=True)]
         )
         if level > 0:
             self.upsamplers = nnx.List([Upsample2D(channels, channels, rngs)])

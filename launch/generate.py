@@ -1,0 +1,43 @@
+"""Draws pictures from prompts: in one step with a student, in more with a teacher.
+
+python launch/generate.py --model=runs/openmoji/export --prompt="a red apple on a blue background" --out=apple.png
+"""
+
+from absl import flags
+
+from sbv2_jax import cli
+from sbv2_jax.samplers import SAMPLERS
+
+_MODEL = flags.DEFINE_string("model", None, "A diffusers directory, a hub id, or 'bundled'.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file of prompts, one a line, instead.")
+_OUT = flags.DEFINE_string("out", None, "A .png file (several pictures become a grid), or a directory.")
+_NUM = flags.DEFINE_integer("num", 1, "Pictures for each prompt.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+_NOISE = flags.DEFINE_string("noise", None, "A .npy file of float32 noise [B, h, w, 4], instead of a seed.")
+_STEPS = flags.DEFINE_integer("steps", 1, "Steps; more than one samples a teacher.", lower_bound=1)
+_GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance; 1 is none.", lower_bound=0.0)
+_SAMPLER = flags.DEFINE_enum("sampler", "dpm", SAMPLERS, "The sampler of more than one step.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time.", lower_bound=1)
+
+
+def main() -> None:
+    from sbv2_jax.draw import draw  # jax is loaded only once the flags are right
+
+    draw(
+        _MODEL.value,
+        _OUT.value,
+        prompts=_PROMPT.value,
+        prompts_file=_PROMPTS.value,
+        num=_NUM.value,
+        seed=_SEED.value,
+        noise_file=_NOISE.value,
+        steps=_STEPS.value,
+        guidance=_GUIDANCE.value,
+        sampler=_SAMPLER.value,
+        batch_size=_BATCH_SIZE.value,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("model", "out"))

@@ -1,0 +1,137 @@
+"""Files and directories of models: read with suspicion, written whole or not at all."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sbv2_jax.errors import InputError
+
+_MAX_JSON_BYTES = 64 * 2**20
+
+
+def existing_directory(path: str | Path) -> Path:
+    """Returns the path of a directory; raises InputError where there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        what = "is a file, not a directory" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}")
+    return path
+
+
+def file_of(directory: Path, name: str) -> Path:
+    """Returns the path of a file that lies in a directory itself.
+
+    Raises InputError for a missing file, a name that is more than a name, and a symbolic link that leads out of
+    the directory. Allowed is the link that the cache of the hub consists of:
+    `models--owner--name/snapshots/<revision>/[folder/]file` to `models--owner--name/blobs/<hash>`.
+    """
+    if not name or name != os.path.basename(name) or name in (".", "..") or "\\" in name or "\0" in name:
+        raise InputError(f"{directory}: {name!r} is not the name of a file in this directory")
+    path, root = directory / name, directory.resolve()
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        broken = path.is_symlink()
+        raise InputError(f"{path} {'is a broken link' if broken else 'does not exist'}") from error
+    if not real.is_relative_to(root) and not _is_blob_of_cache(root, real):
+        raise InputError(f"{path} is a symbolic link out of its directory, to {real}")
+    if not real.is_file():
+        raise InputError(f"{path} is not a file")
+    return path
+
+
+def _is_blob_of_cache(root: Path, real: Path) -> bool:
+    for revision in (root, *root.parents):
+        repository = revision.parent.parent
+        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
+            is_hash = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", real.name)
+            return bool(is_hash) and real.parent == repository / "blobs"
+    return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object of a JSON file; raises InputError that names the file, also for a key given twice."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise InputError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB")
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def parse_json(data: bytes, source: str) -> dict[str, Any]:
+    """Returns the object of a JSON text; raises InputError, starting with `source`, as `read_json` does."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 10**5 else []
+            raise InputError(f"{source} gives the same key twice: {', '.join(map(repr, twice[:10]))}")
+        return values
+
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{source} holds {type(values).__name__}, an object was expected")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes an object as the libraries of the hub do: indented, sorted, with a line end."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | Path) -> Iterator[Path]:
+    """Gives a directory to write in, which becomes `directory` in one rename if nothing fails.
+
+    Raises InputError where `directory` exists and is not empty, or cannot be written (a full disk included);
+    nothing is left behind then.
+    """
+    directory = Path(os.path.abspath(directory))
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; nothing was written")
+    if directory.is_dir() and any(directory.iterdir()):
+        raise InputError(f"{directory} is not empty; nothing was written")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror or error}") from error
+    try:
+        yield partial
+        _publish(partial, directory)
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, directory: Path) -> None:
+    """Forces the written files to the disk and renames the directory that holds them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o777 & ~umask)  # mkdtemp's are private
+    for path in (*partial.rglob("*"), partial):
+        _fsync(path)
+    os.rename(partial, directory)  # replaces an empty directory, fails on any other
+    _fsync(directory.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,125 @@
+"""safetensors files, read strictly and written as a stream.
+
+The safetensors library maps the file and checks offsets and lengths. What it lets pass is refused here: keys
+given twice, names that are paths, headers of a hundred megabytes, and pickles with another name.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sbv2_jax.convert.files import parse_json
+from sbv2_jax.errors import InputError
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+# The library's own limit, 100 MB, takes gigabytes to parse; SDXL's header has 0.2 MB.
+_MAX_HEADER_BYTES = 16 * 2**20
+_ALIGNMENT = 8
+
+
+class TensorInfo(NamedTuple):
+    """What a header says of a tensor: the format's name of its type, such as "BF16", and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Returns type and shape of every tensor of a file, in the order of the file's bytes; reads no tensor.
+
+    Raises InputError that names the file and what is wrong with it. A pickle is refused unopened where its
+    name tells, otherwise by its first bytes, and is never run.
+    """
+    if path.suffix in PICKLE_SUFFIXES:
+        raise InputError(f"{path} is a pickle, which can run code: only safetensors files are read")
+    try:
+        header = parse_json(_header_bytes(path), f"the header of {path}")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    header.pop("__metadata__", None)
+    bad = [name for name in header if ".." in name or name[:1] in ("", "/", "\\") or not name.isprintable()]
+    if bad:
+        raise InputError(f"{path} has unsafe names of tensors: {', '.join(map(ascii, bad[:10]))}")
+    with _opened(path) as file:  # the library's checks, of offsets and lengths above all
+        order = file.offset_keys()
+    return {name: TensorInfo(header[name]["dtype"], tuple(header[name]["shape"])) for name in order}
+
+
+def _header_bytes(path: Path) -> bytes:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        # zip archives and the opcodes that every pickle since protocol 2 starts with: torch.save's two formats
+        if start.startswith((b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))):
+            # a length of such a header would be refused in any case
+            raise InputError(f"{path} is a pickle by another name: only safetensors files are read")
+        if start == b"version ":
+            raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if length < 2 or length > size - 8:
+            raise InputError(f"{path} is not a safetensors file, or is truncated ({size} bytes)")
+        if length > _MAX_HEADER_BYTES:
+            raise InputError(f"{path} has a header of {length} bytes, more than {_MAX_HEADER_BYTES}")
+        return file.read(length)
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of these names one after the other, in memory of their own.
+
+    Raises InputError for a file that `safe_open` refuses. Call `read_header` first: it refuses more.
+    """
+    with _opened(path) as file:
+        for name in names:
+            try:
+                yield name, file.get_tensor(name)
+            except (SafetensorError, TypeError, ValueError) as error:
+                raise InputError(f"{path}: tensor {ascii(name)}: {error}") from error
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a sound safetensors file (truncated?): {error}") from error
+
+
+def write_file(
+    path: Path, infos: Mapping[str, TensorInfo], tensor: Callable[[str], np.ndarray]
+) -> None:
+    """Writes a file tensor by tensor, so that only one of them needs to be in memory.
+
+    `infos` tells what `tensor(name)` will return. The bytes are those that the safetensors library writes
+    with the metadata {"format": "pt"}, which transformers asks for.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # The library's order: wide types first, so that every tensor is aligned; then by name.
+    order = sorted(infos, key=lambda name: (-DTYPES[infos[name].dtype].itemsize, _WIDTHS[infos[name].dtype], name))
+    offset = 0
+    for name in order:
+        dtype, shape = infos[name]
+        end = offset + DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            array = np.ascontiguousarray(tensor(name))
+            if (array.dtype, array.shape) != (DTYPES[infos[name].dtype], infos[name].shape):
+                raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {infos[name]}")
+            file.write(array.reshape(-1).view(np.uint8))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,138 @@
+"""The components of a run as their files describe them: small JSON files, no weights."""
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from sbv2_jax.convert.component import read_config
+from sbv2_jax.convert.files import file_of, read_json
+from sbv2_jax.convert.pipeline import read_schedule
+from sbv2_jax.convert.resolve import resolve
+from sbv2_jax.errors import InputError
+from sbv2_jax.models import published
+from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig
+from sbv2_jax.models.clip_image import CLIPImageConfig
+from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.registry import network
+from sbv2_jax.models.tiny_vae import TinyVAEConfig
+from sbv2_jax.models.unet import UNetConfig
+from sbv2_jax.models.vae import VAEConfig
+from sbv2_jax.schedule import ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One component: its configuration, and the directory of its weights (None for a published shape)."""
+
+    config: ModelConfig
+    directory: Path | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The components of a run, as their files describe them; `decoder` and `clip` only with the CLIP loss."""
+
+    teacher: Part
+    teacher_schedule: ScheduleConfig
+    student: Part
+    student_schedule: ScheduleConfig
+    text_encoder: Part
+    vae: Part
+    decoder: Part | None
+    clip: Part | None
+    clip_image: CLIPImageConfig | None
+    pipeline: Path | None
+
+
+def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
+    """Reads the configurations of every component that the run needs.
+
+    A dry run without the teacher's directory takes the published shapes of `config.architecture`.
+    Raises InputError for what is missing, unsupported, or not of that architecture.
+    """
+    if dry_run and config.architecture and not Path(config.teacher).exists():
+        return _published_parts(config)
+    pipeline = resolve(config.teacher)
+    teacher, schedule = _part(pipeline / "unet", UNetConfig), read_schedule(pipeline)
+    if config.architecture:
+        _require_architecture(config.architecture, teacher)
+    student, student_schedule = teacher, schedule
+    if config.student.init != "teacher":
+        directory = resolve(config.student.init)
+        student, student_schedule = _part(directory / "unet", UNetConfig), read_schedule(directory)
+    clip = clip_image = decoder = None
+    if config.clip.model:
+        directory = resolve(config.clip.model)
+        directory = directory / "clip" if (directory / "clip").is_dir() else directory
+        clip, clip_image = _part(directory, CLIPConfig), _clip_image(directory)
+        inside = config.clip.decoder in ("vae", "vae_tiny")
+        decoder_directory = pipeline / config.clip.decoder if inside else resolve(config.clip.decoder)
+        decoder = _part(decoder_directory, VAEConfig, TinyVAEConfig)
+    return Parts(
+        teacher=teacher,
+        teacher_schedule=schedule,
+        student=student,
+        student_schedule=student_schedule,
+        text_encoder=_part(pipeline / "text_encoder", CLIPTextConfig),
+        vae=_part(pipeline / "vae", VAEConfig),
+        decoder=decoder,
+        clip=clip,
+        clip_image=clip_image,
+        pipeline=pipeline,
+    )
+
+
+def _part(directory: Path, *classes: type[ModelConfig]) -> Part:
+    config = read_config(directory)
+    if not isinstance(config, classes):
+        expected = " or ".join(cls.CLASS_NAME for cls in classes)
+        raise InputError(f"{directory} holds a {config.CLASS_NAME}, expected {expected}")
+    return Part(config=config, directory=directory)
+
+
+def _clip_image(directory: Path) -> CLIPImageConfig:
+    path = file_of(directory, "preprocessor_config.json")
+    return CLIPImageConfig.from_dict(read_json(path), str(path))
+
+
+def _published_parts(config: ConfigDict) -> Parts:
+    shapes = published.ARCHITECTURES.get(config.architecture)
+    if shapes is None:
+        raise InputError(
+            f"config.architecture = {config.architecture!r} is none of {', '.join(published.ARCHITECTURES)}"
+        )
+    unet = Part(config=UNetConfig.from_dict(shapes["unet"]), directory=None)
+    vae = Part(config=VAEConfig.from_dict(shapes["vae"]), directory=None)
+    schedule = ScheduleConfig.from_dict(shapes["scheduler"])
+    clip = clip_image = decoder = None
+    if config.clip.model:
+        clip = Part(config=CLIPConfig.from_dict(published.CLIP_VIT_B32), directory=None)
+        clip_image = CLIPImageConfig()
+        tiny = Part(config=TinyVAEConfig.from_dict(published.TINY_VAE), directory=None)
+        decoder = vae if config.clip.decoder == "vae" else tiny
+    return Parts(
+        teacher=unet,
+        teacher_schedule=schedule,
+        student=unet,
+        student_schedule=schedule,
+        text_encoder=Part(config=CLIPTextConfig.from_dict(shapes["text_encoder"]), directory=None),
+        vae=vae,
+        decoder=decoder,
+        clip=clip,
+        clip_image=clip_image,
+        pipeline=None,
+    )
+
+
+def _require_architecture(architecture: str, teacher: Part) -> None:
+    if architecture not in published.ARCHITECTURES:
+        raise InputError(
+            f"config.architecture = {architecture!r} is none of {', '.join(published.ARCHITECTURES)}"
+        )
+    want = network(UNetConfig.from_dict(published.ARCHITECTURES[architecture]["unet"])).shapes
+    if want != network(teacher.config).shapes:
+        raise InputError(
+            f"{teacher.directory} does not have the shapes of config.architecture = {architecture!r}, for which "
+            'batch and mesh were planned: plan them for it and set config.architecture = ""'
+        )

@@ -1,0 +1,59 @@
+"""Pictures on disk: PNG files and grids."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+def save_png(path: str | Path, picture: np.ndarray) -> None:
+    """Writes a picture, uint8 [H, W, 3], in one rename, so that no reader sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(picture).save(scratch, format="PNG")
+    os.replace(scratch, path)
+
+
+def grid(
+    columns: dict[str, np.ndarray], captions: Sequence[str], *, scale: int = 1, margin: int = 4
+) -> np.ndarray:
+    """Returns a table of pictures, uint8 [H, W, 3]: a named column for each entry, a captioned row for each prompt.
+
+    Every column is uint8 [rows, h, w, 3]; `scale` repeats the pixels of small pictures.
+    """
+    pictures = {name: batch.repeat(scale, 1).repeat(scale, 2) for name, batch in columns.items()}
+    height, width = next(iter(pictures.values())).shape[1:3]
+    font = ImageFont.load_default(size=12)
+    text_width = max(int(font.getlength(caption)) for caption in captions) + 2 * margin
+    header = 20
+    canvas = Image.new(
+        "RGB",
+        (text_width + len(pictures) * (width + margin), header + len(captions) * (height + margin)),
+        "white",
+    )
+    draw = ImageDraw.Draw(canvas)
+    for column, (name, batch) in enumerate(pictures.items()):
+        left = text_width + column * (width + margin)
+        draw.text((left, 2), name, fill="black", font=font)
+        for row, picture in enumerate(batch):
+            canvas.paste(Image.fromarray(picture), (left, header + row * (height + margin)))
+    for row, caption in enumerate(captions):
+        draw.text(
+            (margin, header + row * (height + margin) + height // 2 - 8), caption, fill="black", font=font
+        )
+    return np.asarray(canvas)
+
+
+def tile(pictures: np.ndarray) -> np.ndarray:
+    """Returns pictures, uint8 [N, H, W, 3], as one, side by side in rows of about equal number."""
+    count, height, width, channels = pictures.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    sheet[:count] = pictures
+    sheet = sheet.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return sheet.reshape(rows * height, columns * width, channels)

@@ -1,0 +1,78 @@
+"""The picture of a run's progress: the same prompts and noise for the teacher and, step by step, the student."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sbv2_jax import lora
+from sbv2_jax.assemble import Run
+from sbv2_jax.convert.component import load_component
+from sbv2_jax.inference import Generator, GeneratorParams, generate, initial_noise, to_uint8
+from sbv2_jax.models.registry import network
+from sbv2_jax.pictures import grid, save_png
+from sbv2_jax.sharding import shardings
+from sbv2_jax.state import Frozen, TrainState
+from sbv2_jax.tokenizer import Tokenizer
+from sbv2_jax.tree import Params, cast
+from sbv2_jax.weights import place
+
+TEACHER_STEPS = 25
+
+
+class ProgressGrid:
+    """Draws `samples/step_NNNNNN.png`: the teacher in many steps and in one, and the student in one."""
+
+    def __init__(
+        self,
+        run: Run,
+        frozen: Frozen,
+        tokenizer: Tokenizer,
+        prompts: tuple[str, ...],
+        mesh: jax.sharding.Mesh,
+    ):
+        self._run, self._frozen, self._prompts = run, frozen, prompts
+        vae = network(run.parts.vae.config)
+        host = load_component(run.parts.vae.directory, dtype=run.objective.compute_dtype).params
+        self._vae = place(host, shardings(vae.shapes, mesh))
+        self._ids = tokenizer.encode(prompts), tokenizer.encode([""])[0]
+        self._noise = initial_noise(run.seed, range(len(prompts)), run.objective.latent_shape)
+        text_encoder, scale = run.models.text_encoder, run.parts.vae.config.scaling_factor
+        self._teacher = Generator(
+            network(run.parts.teacher.config), run.models.score_schedule, text_encoder, vae, scale
+        )
+        self._student = Generator(
+            network(run.parts.student.config), run.models.student_schedule, text_encoder, vae, scale
+        )
+        # The published range of guidance: what VSD was given if that guides at all.
+        guidance = run.objective.guidance
+        self._columns = {
+            f"teacher, {TEACHER_STEPS} steps": self._pictures(
+                self._teacher, frozen.teacher, steps=TEACHER_STEPS, guidance=guidance
+            ),
+            "teacher, 1 step": self._pictures(self._teacher, frozen.teacher),
+        }
+        self._weights = jax.jit(functools.partial(student_weights, run))
+
+    def draw(self, state: TrainState, path: Path) -> None:
+        """Writes the grid of this state; the averaged student where the run keeps an average."""
+        weights = self._weights(state.ema or state.student, self._frozen.student)
+        columns = self._columns | {"student, 1 step": self._pictures(self._student, weights)}
+        if jax.process_index() == 0:
+            side = next(iter(columns.values())).shape[1]
+            save_png(path, grid(columns, self._prompts, scale=max(1, 128 // side)))
+
+    def _pictures(self, generator: Generator, unet: Params, **settings: float) -> np.ndarray:
+        params = GeneratorParams(unet=unet, text_encoder=self._frozen.text_encoder, vae=self._vae)
+        return to_uint8(_generate(generator, params, *self._ids, self._noise, **settings))
+
+
+_generate = jax.jit(generate, static_argnames=("generator", "steps", "guidance", "sampler"))
+
+
+def student_weights(run: Run, trained: Params, base: Params) -> Params:
+    """Returns all weights of the student in the compute dtype: trained ones, or the base with its LoRA merged."""
+    if not run.lora_student:
+        return cast(trained, run.objective.compute_dtype)
+    return lora.merge(base, trained, run.objective.student_lora_scale)

@@ -1,0 +1,60 @@
+"""What a run would hold and where, from shapes alone: the text of `--dry_run`."""
+
+import jax
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from sbv2_jax.assemble import Run
+from sbv2_jax.config import check_mesh
+from sbv2_jax.sharding import AXES, DEFAULT_RULES, bytes_per_device, matches, shardings
+from sbv2_jax.tree import count, nbytes
+
+_GIB = 2**30
+
+
+def dry_run(config: ConfigDict, run: Run) -> str:
+    """Returns the mesh, parameter counts, shardings and bytes per device; touches no device.
+
+    The mesh is that of the configuration, wherever the command runs; `mesh.data` = -1 counts as 1.
+    """
+    mesh = AbstractMesh(check_mesh(config, max(config.mesh.data, 1) * config.mesh.fsdp), AXES)
+    state, frozen = run.state_shapes, run.frozen_shapes
+    lines = [
+        f"mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {mesh.size} devices, "
+        f"batch {config.batch_size} in {config.accumulate} part(s), "
+        f"{config.batch_size // (config.accumulate * mesh.size)} image(s) a device at a time",
+        f"latents: {' x '.join(map(str, run.objective.latent_shape))}, networks in {config.precision}",
+        "",
+        f"{'':<24}{'parameters':>16}{'GiB':>10}{'GiB a device':>14}",
+    ]
+    parts = {
+        "student, trained": state.student,
+        "student, optimizer": state.student_opt,
+        "student, EMA": state.ema,
+        "score LoRA": state.score,
+        "score LoRA, optimizer": state.score_opt,
+        "teacher, frozen": frozen.teacher,
+        "student base, frozen": frozen.student,
+        "text encoder, frozen": frozen.text_encoder,
+        "decoder, frozen": frozen.decoder,
+        "CLIP, frozen": frozen.clip,
+    }
+    total = 0
+    for name, tree in parts.items():
+        if not jax.tree.leaves(tree):
+            continue
+        on_device = bytes_per_device(tree, shardings(tree, mesh))
+        total += on_device
+        parameters = f"{count(tree):,}" if isinstance(tree, dict) else ""
+        lines.append(f"{name:<24}{parameters:>16}{nbytes(tree) / _GIB:>10.3f}{on_device / _GIB:>14.3f}")
+    lines += [f"{'total a device':<50}{total / _GIB:>14.3f}", "", "sharding rules, first match wins:"]
+    for (pattern, strategy), leaves in zip(
+        DEFAULT_RULES, matches((state, frozen), DEFAULT_RULES).values(), strict=True
+    ):
+        lines.append(f"  {strategy:<10} {leaves:>6} leaves  {pattern}")
+    lines += ["", "the largest leaves of the student:"]
+    placed = shardings(state.student, mesh)
+    for name in sorted(state.student, key=lambda name: -state.student[name].size)[:5]:
+        lines.append(f"  {name} {state.student[name].shape} {placed[name].spec}")
+    lines += ["", "activations, gradients and the compiler's temporaries come on top."]
+    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""The training loop: what happens in a run, in order."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from sbv2_jax.assemble import Run, assemble
+from sbv2_jax.checkpoint import Checkpoints
+from sbv2_jax.config import MAY_CHANGE, check_mesh, validate
+from sbv2_jax.data.prompts import PromptSource, open_prompts, prompt_batches
+from sbv2_jax.errors import InputError
+from sbv2_jax.export import export_student
+from sbv2_jax.log import MetricsLog
+from sbv2_jax.parts import read_parts
+from sbv2_jax.preemption import EXIT_PREEMPTED, Preemption
+from sbv2_jax.progress import ProgressGrid
+from sbv2_jax.report import dry_run as dry_run_report
+from sbv2_jax.sharding import batch_sharding, constrain_batch, make_mesh, shardings
+from sbv2_jax.steps import Batch, make_train_step
+from sbv2_jax.tokenizer import Tokenizer, load_tokenizer
+from sbv2_jax.weights import load_frozen, load_state
+
+# So many steps in a row without a finite loss: the run has diverged and no longer recovers.
+MOST_SKIPPED = 20
+
+
+def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, force: bool = False) -> int:
+    """Runs a distillation to its last step, from where `workdir` left off, and exports the student.
+
+    `dry_run` prints what would be held where and stops; `force` resumes in spite of a changed configuration.
+    Returns the exit code: 0, or EXIT_PREEMPTED after SIGTERM or SIGINT.
+    Raises InputError for whatever is wrong with the input, before anything is written.
+    """
+    validate(config)
+    run = assemble(config, read_parts(config, dry_run=dry_run))
+    if dry_run:
+        print(dry_run_report(config, run))
+        return 0
+
+    workdir = Path(workdir)
+    mesh = make_mesh(*check_mesh(config, jax.device_count()))
+    source = open_prompts(config.prompts)
+    tokenizers = load_tokenizers(run)
+    batches = prompt_batches(source, config.batch_size, config.seed)  # fails here, before a directory is made
+
+    state_shardings = shardings(run.state_shapes, mesh)
+    frozen_shardings = shardings(run.frozen_shapes, mesh)
+    step = jax.jit(
+        make_train_step(
+            run.models, run.objective, run.student_optimizer, run.score_optimizer, constrain_batch(mesh)
+        ),
+        in_shardings=(state_shardings, frozen_shardings, batch_sharding(mesh)),
+        out_shardings=(state_shardings, None),
+        donate_argnums=0,
+    )
+    frozen = load_frozen(run, tokenizers[0].encode([""])[0], frozen_shardings)
+
+    with (
+        Checkpoints(
+            workdir / "checkpoints",
+            keep=config.checkpoint.keep,
+            config=config.to_dict(),
+            fingerprint=source.fingerprint(),
+            may_change=MAY_CHANGE,
+            force=force,
+        ) as checkpoints,
+        Preemption() as preemption,
+    ):
+        abstract = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            run.state_shapes,
+            state_shardings,
+        )
+        restored = checkpoints.restore(abstract)
+        first, state = restored[:2] if restored else (0, load_state(run, state_shardings))
+        write_config(workdir / "config.json", config)
+        grid = None
+        if config.sample.every:
+            grid = ProgressGrid(run, frozen, tokenizers[0], tuple(config.sample.prompts), mesh)
+            if not restored:
+                grid.draw(state, sample_path(workdir, 0))
+        batches = prompt_batches(
+            source,
+            config.batch_size,
+            config.seed,
+            first,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with MetricsLog(workdir, steps=config.steps, batch_size=config.batch_size, resume_step=first) as log:
+            skipped = 0
+            for number in range(first + 1, config.steps + 1):
+                state, metrics = step(state, frozen, next_batch(batches, tokenizers, mesh))
+                metrics = jax.device_get(metrics)
+                log.write(number, metrics)
+                skipped = skipped + 1 if metrics["skipped"] else 0
+                if skipped == MOST_SKIPPED:
+                    raise InputError(
+                        f"the loss or its gradient was not finite in {skipped} steps in a row, up to step "
+                        f"{number}: lower the learning rates; the checkpoints before are kept in {workdir}"
+                    )
+                last = number == config.steps or preemption.requested
+                if last or number % config.checkpoint.every == 0:
+                    checkpoints.save(number, state)
+                if grid and (number == config.steps or number % config.sample.every == 0):
+                    grid.draw(state, sample_path(workdir, number))
+                if preemption.requested:
+                    break
+        if preemption.requested:
+            logging.warning("stopped after step %d, which is saved: run the same command to go on", number)
+            return EXIT_PREEMPTED
+
+    export_student(run, state, workdir / "export")
+    if jax.process_index() == 0:
+        print(f"pictures: {sample_path(workdir, config.steps)}")
+        print(
+            f'python launch/generate.py --model={workdir / "export"} --prompt="{config.sample.prompts[0]}" --out=one.png'
+        )
+    return 0
+
+
+def load_tokenizers(run: Run) -> tuple[Tokenizer, Tokenizer | None]:
+    """Loads the tokenizers of the text encoder and of the loss's CLIP, which may share the pipeline's.
+
+    Raises InputError where a tokenizer does not fit its network.
+    """
+    pipeline, clip = run.parts.pipeline / "tokenizer", run.parts.clip
+    text = load_tokenizer(pipeline)
+    _require_fit(text, run.parts.text_encoder.config, pipeline)
+    if clip is None:
+        return text, None
+    own = (clip.directory / "tokenizer_config.json").is_file()
+    directory = clip.directory if own else pipeline
+    tokenizer = load_tokenizer(directory)
+    _require_fit(tokenizer, clip.config.text_config, directory)
+    return text, tokenizer
+
+
+def _require_fit(tokenizer: Tokenizer, config, directory: Path) -> None:
+    have = (tokenizer.max_length, tokenizer.vocab_size)
+    want = (config.max_position_embeddings, config.vocab_size)
+    if have != want:
+        raise InputError(f"{directory}: (length, vocabulary) is {have}; its text encoder has {want}")
+
+
+def next_batch(
+    batches: Iterator[list[str]], tokenizers: tuple[Tokenizer, Tokenizer | None], mesh: jax.sharding.Mesh
+) -> Batch:
+    """Reads and tokenizes this process's next prompts and makes the global, sharded batch of them."""
+    prompts = next(batches)
+
+    def ids(tokenizer: Tokenizer) -> jax.Array:
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), tokenizer.encode(prompts))
+
+    text, clip = tokenizers
+    return Batch(ids(text), None if clip is None else ids(clip))
+
+
+def write_config(path: Path, config: ConfigDict) -> None:
+    """Writes the run's configuration as JSON, in one rename."""
+    if jax.process_index() == 0:
+        scratch = path.with_suffix(".json.tmp")
+        scratch.write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
+        scratch.replace(path)
+
+
+def sample_path(workdir: Path, step: int) -> Path:
+    """Returns the path of the grid of a step."""
+    return workdir / "samples" / f"step_{step:06d}.png"

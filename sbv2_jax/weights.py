@@ -1,0 +1,66 @@
+"""The weights of a run: loaded onto their shardings, or made at step 0."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbv2_jax import lora
+from sbv2_jax.assemble import Run
+from sbv2_jax.convert.component import load_component
+from sbv2_jax.parts import Part
+from sbv2_jax.state import Frozen, TrainState, init_state
+from sbv2_jax.tree import Params
+
+
+def load_frozen(run: Run, null_ids: np.ndarray, placement: Frozen) -> Frozen:
+    """Loads every frozen network in the compute dtype, onto the given shardings.
+
+    `null_ids` [S] is the empty prompt for the text encoder.
+    """
+    dtype = run.objective.compute_dtype
+
+    def weights(part: Part | None, shardings: dict[str, jax.sharding.Sharding]) -> Params:
+        return {} if part is None else place(load_component(part.directory, dtype=dtype).params, shardings)
+
+    text_encoder = weights(run.parts.text_encoder, placement.text_encoder)
+    encode = jax.jit(
+        lambda params: run.models.text_encoder.apply(params, jnp.asarray(null_ids)[None]).last_hidden_state[
+            0
+        ],
+        out_shardings=placement.null_context,
+    )
+    return Frozen(
+        teacher=weights(run.parts.teacher, placement.teacher),
+        student=weights(run.parts.student, placement.student) if run.lora_student else {},
+        text_encoder=text_encoder,
+        null_context=encode(text_encoder),
+        decoder=weights(run.parts.decoder, placement.decoder),
+        clip=weights(run.parts.clip, placement.clip),
+    )
+
+
+def load_state(run: Run, placement: TrainState) -> TrainState:
+    """Makes the state at step 0: float32 masters of the student's weights, or a new LoRA, and the score's LoRA."""
+    score = place(lora.split(run.models.score.init(run.seed))[1], placement.score)
+    if run.lora_student:
+        student = lora.split(run.models.student.init(run.seed + 1))[1]
+    else:
+        student = load_component(run.parts.student.directory, dtype=jnp.float32).params
+    student = place(student, placement.student)
+    initialise = jax.jit(
+        lambda student, score: init_state(
+            run.seed, student, score, run.student_optimizer, run.score_optimizer, run.objective.ema > 0
+        ),
+        out_shardings=placement,
+    )
+    return initialise(student, score)
+
+
+def place(arrays: dict[str, np.ndarray], shardings: dict[str, jax.sharding.Sharding]) -> Params:
+    """Puts host arrays onto devices; with several processes each holds the whole array and gives its part."""
+    return {
+        name: jax.make_array_from_callback(
+            array.shape, shardings[name], lambda index, array=array: np.ascontiguousarray(array[index])
+        )
+        for name, array in arrays.items()
+    }
