@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from sbv2_jax.convert.component import read_config
+from sbv2_jax.convert.component import load_config
 from sbv2_jax.convert.files import file_of, read_json
 from sbv2_jax.convert.pipeline import read_schedule
 from sbv2_jax.convert.resolve import resolve
@@ -84,7 +84,7 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
 
 
 def _part(directory: Path, *classes: type[ModelConfig]) -> Part:
-    config = read_config(directory)
+    config = load_config(directory)
     if not isinstance(config, classes):
         expected = " or ".join(cls.CLASS_NAME for cls in classes)
         raise InputError(f"{directory} holds a {config.CLASS_NAME}, expected {expected}")

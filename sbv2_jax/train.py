@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from sbv2_jax.assemble import Run, assemble
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.config import MAY_CHANGE, check_mesh, validate
-from sbv2_jax.data.prompts import PromptSource, open_prompts, prompt_batches
+from sbv2_jax.data.prompts import open_prompts, prompt_batches
 from sbv2_jax.errors import InputError
 from sbv2_jax.export import export_student
 from sbv2_jax.log import MetricsLog

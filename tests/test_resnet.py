@@ -9,42 +9,11 @@ from conftest import relative_error
 from diffusers.models.downsampling import Downsample2D as TorchDownsample
 from diffusers.models.resnet import ResnetBlock2D as TorchResnet
 from diffusers.models.upsampling import Upsample2D as TorchUpsample
+from parity import BOUND, nchw, nhwc, params_of, randomised
 
-from sbv2_jax.convert.names import params_from_torch
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from sbv2_jax.tree import cast
-
-BOUND = 1e-4
-
-
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """Draws every parameter so that all of them matter and activations keep about unit scale."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn_like(parameter)
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * noise)
-            else:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-    return module.eval()
-
-
-def params_of(module: torch.nn.Module, network: Network) -> dict[str, np.ndarray]:
-    return params_from_torch(
-        {name: tensor.numpy() for name, tensor in module.state_dict().items()}, network.shapes
-    )
-
-
-def nchw(x: np.ndarray) -> torch.Tensor:
-    return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).contiguous()
-
-
-def nhwc(x: torch.Tensor) -> np.ndarray:
-    """Returns the array, once it is seen to vary enough over the pixels for a comparison to mean much."""
-    array = x.detach().permute(0, 2, 3, 1).numpy()
-    assert array.std(axis=(1, 2)).max() > 0.05 * np.abs(array).max()
-    return array
 
 
 @pytest.mark.parametrize("out_channels", [24, 36])

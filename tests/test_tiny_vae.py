@@ -10,7 +10,7 @@ import torch
 from conftest import relative_error
 from diffusers import AutoencoderTiny as TorchTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock as TorchBlock
-from test_resnet import BOUND, nchw, nhwc, params_of, randomised
+from parity import BOUND, nchw, nhwc, params_of, randomised
 
 from sbv2_jax.convert.names import torch_name
 from sbv2_jax.errors import InputError

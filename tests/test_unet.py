@@ -9,15 +9,14 @@ from conftest import relative_error
 from diffusers import UNet2DConditionModel as TorchUNet
 from diffusers.models.transformers.transformer_2d import Transformer2DModel as TorchTransformer
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn
+from parity import BOUND, nchw, nhwc, params_of, randomised
 
-from sbv2_jax.convert.names import params_from_torch, torch_name
+from sbv2_jax.convert.names import torch_name
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.transformer import Transformer2DModel
 from sbv2_jax.models.unet import AddedConditions, MidBlock, UNet2DConditionModel, UNetConfig, UpBlock
 from sbv2_jax.tree import cast, count
-
-BOUND = 1e-4
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
 SD21 = {
@@ -80,27 +79,6 @@ CASES = {
 }
 
 
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """Moves every bias and norm scale off its initial zeros and ones."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return module.eval()
-
-
-def state_dict(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-
-
-def nchw(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(x)).permute(0, 3, 1, 2).contiguous()
-
-
-def nhwc(x: torch.Tensor) -> np.ndarray:
-    return x.permute(0, 2, 3, 1).numpy()
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_whole_network_equals_diffusers(case, rng):
     values = CASES[case]
@@ -108,7 +86,7 @@ def test_whole_network_equals_diffusers(case, rng):
     theirs = randomised(TorchUNet.from_config(values))
     config = UNetConfig.from_dict(dict(theirs.config))
     ours = Network(lambda rngs: UNet2DConditionModel(config, rngs))
-    params = params_from_torch(state_dict(theirs), ours.shapes)
+    params = params_of(theirs, ours)
 
     latents = rng.standard_normal((2, 16, 24, config.in_channels), np.float32)
     context = rng.standard_normal((2, 7, config.per_level("cross_attention_dim")[0]), np.float32)
@@ -143,7 +121,7 @@ def test_transformer_equals_diffusers(linear, rng):
             40, 24, heads=3, layers=2, groups=8, linear_projection=linear, rngs=rngs
         )
     )
-    params = params_from_torch(state_dict(theirs), ours.shapes)
+    params = params_of(theirs, ours)
     x, context = rng.standard_normal((2, 6, 5, 40), np.float32), rng.standard_normal((2, 7, 24), np.float32)
     with torch.no_grad():
         want = theirs(nchw(x), torch.from_numpy(context)).sample
@@ -179,7 +157,7 @@ def test_mid_and_up_block_equal_diffusers(rng):
     network = Network(lambda rngs: MidBlock(config, False, rngs))
     with torch.no_grad():
         want = mid(nchw(x), torch.from_numpy(emb), torch.from_numpy(context))
-    got = network.apply(params_from_torch(state_dict(mid), network.shapes), x, emb, context)
+    got = network.apply(params_of(mid, network), x, emb, context)
     assert relative_error(got, nhwc(want)) < BOUND
 
     network = Network(lambda rngs: UpBlock(config, 1, "CrossAttnUpBlock2D", False, rngs))
@@ -187,7 +165,7 @@ def test_mid_and_up_block_equal_diffusers(rng):
         want = up(
             nchw(x), tuple(nchw(skip) for skip in skips), torch.from_numpy(emb), torch.from_numpy(context)
         )
-    got, rest = network.apply(params_from_torch(state_dict(up), network.shapes), x, skips, emb, context)
+    got, rest = network.apply(params_of(up, network), x, skips, emb, context)
     assert rest == []
     assert relative_error(got, nhwc(want)) < BOUND
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL as TorchVAE
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D as TorchDown
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D as TorchMid
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D as TorchUp
-from test_resnet import BOUND, nchw, nhwc, params_of, randomised
+from parity import BOUND, nchw, nhwc, params_of, randomised
 
 from sbv2_jax.convert.names import torch_name
 from sbv2_jax.errors import InputError

@@ -26,6 +26,7 @@ UNET = {
     "block_out_channels": [8, 16],
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "attention_head_dim": 2,
@@ -102,6 +103,12 @@ def networks() -> dict[str, Network]:
         "tiny": _compiled(Network(lambda r: AutoencoderTiny(TinyVAEConfig.from_dict(TINY_VAE), r))),
         "kl": _compiled(Network(lambda r: AutoencoderKL(VAEConfig.from_dict(KL_VAE), r))),
     }
+
+
+def fast_jit(function: Callable) -> Callable:
+    """Returns the function jitted to compile fast: these networks take milliseconds to run anyhow."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return jax.jit(function, compiler_options=options)
 
 
 def _compiled(network: Network) -> Network:

@@ -1,5 +1,6 @@
 """Files and directories of models: read with suspicion, written whole or not at all."""
 
+import collections
 import contextlib
 import json
 import os
@@ -71,9 +72,9 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 10**5 else []
-            raise InputError(f"{source} gives the same key twice: {', '.join(map(repr, twice[:10]))}")
+            counts = collections.Counter(name for name, _ in pairs)
+            twice = [ascii(name) for name, times in counts.items() if times > 1]
+            raise InputError(f"{source} gives the same key twice: {', '.join(twice[:10])}")
         return values
 
     try:

@@ -60,6 +60,7 @@ def params_from_torch(
 def params_to_torch(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Converts our parameters to a PyTorch state dict of contiguous NumPy arrays, dtypes kept."""
     return {
-        torch_name(name): np.ascontiguousarray(to_torch(name, np.asarray(array)))
+        # not ascontiguousarray, which makes a vector of a scalar
+        torch_name(name): np.asarray(to_torch(name, np.asarray(array)), order="C")
         for name, array in params.items()
     }

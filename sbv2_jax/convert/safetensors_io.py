@@ -18,11 +18,14 @@ from safetensors import SafetensorError, safe_open
 from sbv2_jax.convert.files import parse_json
 from sbv2_jax.errors import InputError
 
+# In the order in which the safetensors library writes them.
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
 }
+# torch.save's two formats: a zip archive, and a bare pickle of protocol 2 to 5.
+_PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 # The library's own limit, 100 MB, takes gigabytes to parse; SDXL's header has 0.2 MB.
 _MAX_HEADER_BYTES = 16 * 2**20
@@ -61,14 +64,12 @@ def _header_bytes(path: Path) -> bytes:
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
-        # zip archives and the opcodes that every pickle since protocol 2 starts with: torch.save's two formats
-        if start.startswith((b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))):
-            # a length of such a header would be refused in any case
-            raise InputError(f"{path} is a pickle by another name: only safetensors files are read")
-        if start == b"version ":
-            raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if length < 2 or length > size - 8:
+            if start.startswith(_PICKLE_STARTS):
+                raise InputError(f"{path} is a pickle by another name: only safetensors files are read")
+            if start == b"version ":
+                raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
             raise InputError(f"{path} is not a safetensors file, or is truncated ({size} bytes)")
         if length > _MAX_HEADER_BYTES:
             raise InputError(f"{path} has a header of {length} bytes, more than {_MAX_HEADER_BYTES}")
@@ -95,17 +96,15 @@ def _opened(path: Path) -> safe_open:
         raise InputError(f"{path} is not a sound safetensors file (truncated?): {error}") from error
 
 
-def write_file(
-    path: Path, infos: Mapping[str, TensorInfo], tensor: Callable[[str], np.ndarray]
-) -> None:
+def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor: Callable[[str], np.ndarray]) -> None:
     """Writes a file tensor by tensor, so that only one of them needs to be in memory.
 
     `infos` tells what `tensor(name)` will return. The bytes are those that the safetensors library writes
     with the metadata {"format": "pt"}, which transformers asks for.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # The library's order: wide types first, so that every tensor is aligned; then by name.
-    order = sorted(infos, key=lambda name: (-DTYPES[infos[name].dtype].itemsize, _WIDTHS[infos[name].dtype], name))
+    types = list(DTYPES)
+    order = sorted(infos, key=lambda name: (types.index(infos[name].dtype), name))
     offset = 0
     for name in order:
         dtype, shape = infos[name]
@@ -117,7 +116,7 @@ def write_file(
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            array = np.ascontiguousarray(tensor(name))
+            array = np.asarray(tensor(name), order="C")
             if (array.dtype, array.shape) != (DTYPES[infos[name].dtype], infos[name].shape):
                 raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {infos[name]}")
             file.write(array.reshape(-1).view(np.uint8))

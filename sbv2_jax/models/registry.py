@@ -6,7 +6,13 @@ from typing import Any
 from flax import nnx
 
 from sbv2_jax.errors import InputError
-from sbv2_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from sbv2_jax.models.clip import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
@@ -65,13 +71,16 @@ def class_of(config: ModelConfig) -> str:
     return found
 
 
-def network(config: ModelConfig, *, remat: bool = False) -> Network:
-    """Builds the network of a configuration, without parameters.
+def build(config: ModelConfig, rngs: nnx.Rngs, *, remat: bool = False) -> nnx.Module:
+    """Builds the module of a configuration, for `Network`.
 
     `remat` has the UNet compute its activations again in the backward pass; the others keep theirs.
     """
     name = class_of(config)
-    module = _CLASSES[name][1]
-    if name == "UNet2DConditionModel":
-        return Network(lambda rngs: module(config, rngs, remat=remat))
-    return Network(lambda rngs: module(config, rngs))
+    options = {"remat": remat} if name == "UNet2DConditionModel" else {}
+    return _CLASSES[name][1](config, rngs, **options)
+
+
+def network(config: ModelConfig, *, remat: bool = False) -> Network:
+    """Returns the network of a configuration, without parameters; `remat` as in `build`."""
+    return Network(lambda rngs: build(config, rngs, remat=remat))

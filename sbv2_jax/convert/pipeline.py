@@ -1,0 +1,303 @@
+"""A Stable Diffusion pipeline directory in the layout of diffusers: opened part by part, and written."""
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sbv2_jax.convert.component import Component, load_component, load_config, write_component
+from sbv2_jax.convert.files import existing_directory, file_of, new_directory, read_json, write_json
+from sbv2_jax.convert.resolve import resolve
+from sbv2_jax.errors import InputError
+from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.registry import class_of
+from sbv2_jax.schedule import ScheduleConfig
+from sbv2_jax.tokenizer import Tokenizer, load_tokenizer
+
+PIPELINE_CLASSES = ("StableDiffusionPipeline",)
+# Every part of a pipeline that is read, with the library and the classes that model_index.json may name.
+_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
+    "text_encoder": ("transformers", ("CLIPTextModel", "CLIPTextModelWithProjection")),
+    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "scheduler": ("diffusers", ScheduleConfig.CLASSES),
+}
+# Not read: the pictures that they judge or describe are not ours.
+_NOT_READ = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+# Networks that training needs and diffusers' pipeline does not know: folders beside the others.
+_EXTRAS = {"vae_tiny": ("AutoencoderTiny",), "clip": ("CLIPModel",)}
+_MODELS = ("unet", "vae", "text_encoder")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PipelineParts:
+    """An opened pipeline: its settings are read and checked, its weights are read when asked for.
+
+    `unet`, `vae`, `text_encoder`, `tokenizer`, and `vae_tiny` and `clip` (None where the pipeline has none) load
+    at the first use and stay; `component` loads without keeping.
+    """
+
+    directory: Path
+    dtype: Any | None
+    configs: Mapping[str, ModelConfig]
+    """The configuration of every network of the pipeline, by the name of its folder."""
+    scheduler: Mapping[str, Any]
+    """The values of scheduler_config.json as they are."""
+    schedule_config: ScheduleConfig
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The networks beside those of diffusers' pipeline: `vae_tiny`, `clip`, both or none."""
+        return tuple(name for name in _EXTRAS if name in self.configs)
+
+    def component(self, name: str, *, dtype: Any | None = None) -> Component:
+        """Loads one network; raises InputError where the pipeline has none of this name."""
+        directory = component_dir(self.directory, name)
+        return load_component(directory, dtype=self.dtype if dtype is None else dtype)
+
+    def component_dir(self, name: str) -> Path:
+        """Returns the folder of one part."""
+        return component_dir(self.directory, name)
+
+    @functools.cached_property
+    def unet(self) -> Component:
+        return self.component("unet")
+
+    @functools.cached_property
+    def vae(self) -> Component:
+        return self.component("vae")
+
+    @functools.cached_property
+    def text_encoder(self) -> Component:
+        return self.component("text_encoder")
+
+    @functools.cached_property
+    def vae_tiny(self) -> Component | None:
+        return self.component("vae_tiny") if "vae_tiny" in self.configs else None
+
+    @functools.cached_property
+    def clip(self) -> Component | None:
+        return self.component("clip") if "clip" in self.configs else None
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.component_dir("tokenizer"))
+
+
+def component_dir(directory: str | Path, name: str) -> Path:
+    """Returns the folder of one part (`unet`, `vae`, `text_encoder`, `vae_tiny`, `clip` ...) of a pipeline.
+
+    A directory that is itself a network of this kind is returned as it is: a bare UNet can stand for a
+    pipeline where only the UNet is needed.
+    Raises InputError for a missing folder, and for one that is a symbolic link out of the pipeline.
+    """
+    directory = existing_directory(directory)
+    classes = _EXTRAS.get(name) or _PARTS[name][1]
+    if not (directory / "model_index.json").exists() and (directory / "config.json").exists():
+        found = class_of(load_config(directory))
+        if found not in classes:
+            raise InputError(f"{directory} is a {found}, no pipeline and no {' or '.join(classes)}")
+        return directory
+    folder = directory / name
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist")
+    if not folder.resolve().is_relative_to(directory.resolve()):
+        raise InputError(f"{folder} is a symbolic link out of the pipeline, to {folder.resolve()}")
+    return folder
+
+
+def load_pipeline(path: str | Path, *, dtype: Any | None = None) -> PipelineParts:
+    """Opens a pipeline: a directory, a hub id or `bundled` (see `resolve`); no weights are read yet.
+
+    The networks keep their files' types unless `dtype` is asked for.
+    Raises InputError for a pipeline of another class, a missing part, a part of an unsupported class or
+    configuration, and parts that do not fit each other.
+    """
+    directory = resolve(path)
+    index_path = file_of(directory, "model_index.json")
+    index = read_json(index_path)
+    _check_index(index, str(index_path))
+    configs = {name: load_config(component_dir(directory, name)) for name in _MODELS}
+    for name, classes in _EXTRAS.items():
+        if (directory / name).exists():
+            configs[name] = load_config(component_dir(directory, name))
+            if class_of(configs[name]) not in classes:
+                raise InputError(f"{directory / name} is a {class_of(configs[name])}, expected {classes[0]}")
+    for name in _MODELS:
+        if class_of(configs[name]) != index[name][1]:
+            raise InputError(
+                f"{directory / name} is a {class_of(configs[name])}, but {index_path} says {index[name][1]}"
+            )
+    component_dir(directory, "tokenizer")
+    _check_fit(configs, str(directory))
+    return PipelineParts(
+        directory, dtype, configs, read_json(_scheduler_file(directory)), read_schedule(directory)
+    )
+
+
+def read_schedule(directory: str | Path) -> ScheduleConfig:
+    """Reads `scheduler/scheduler_config.json` of a pipeline directory; raises InputError as it does."""
+    path = _scheduler_file(directory)
+    return ScheduleConfig.from_dict(read_json(path), str(path))
+
+
+def _scheduler_file(directory: str | Path) -> Path:
+    return file_of(component_dir(directory, "scheduler"), "scheduler_config.json")
+
+
+def _check_index(index: Mapping[str, Any], source: str) -> None:
+    found = index.get("_class_name")
+    if found not in PIPELINE_CLASSES:
+        supported = ", ".join(PIPELINE_CLASSES)
+        raise InputError(f"{source}: pipeline class {found!r} is not supported (only {supported})")
+    wrong = []
+    for name, (library, classes) in _PARTS.items():
+        entry = index.get(name)
+        if entry not in [[library, one] for one in classes]:
+            wrong.append(f"{name}={entry!r} is not supported ({library}: {' or '.join(classes)})")
+    for name, entry in index.items():
+        known = name in _PARTS or name in _NOT_READ or name.startswith("_")
+        # An optional part that a pipeline does not have is written as [null, null].
+        if not known and isinstance(entry, list) and any(entry):
+            wrong.append(f"unknown part {name}={entry!r}")
+    if wrong:
+        raise InputError(f"{source}: {'; '.join(wrong)}")
+
+
+def _check_fit(configs: Mapping[str, ModelConfig], source: str) -> None:
+    """Raises InputError where the networks' widths differ; the messages name fields of the files."""
+    unet, vae, text = (configs[name] for name in _MODELS)
+    wrong = []
+    if set(unet.per_level("cross_attention_dim")) != {text.hidden_size}:
+        wrong.append(
+            f"unet cross_attention_dim={unet.cross_attention_dim}, text_encoder hidden_size={text.hidden_size}"
+        )
+    if unet.addition_embed_type is not None:
+        wrong.append(f"unet addition_embed_type={unet.addition_embed_type!r} needs another pipeline class")
+    for name in ("vae", "vae_tiny"):
+        if name in configs and unet.out_channels != configs[name].latent_channels:
+            channels = configs[name].latent_channels
+            wrong.append(f"unet out_channels={unet.out_channels}, {name} latent_channels={channels}")
+    if unet.in_channels != vae.latent_channels:
+        wrong.append(f"unet in_channels={unet.in_channels}, vae latent_channels={vae.latent_channels}")
+    if wrong:
+        raise InputError(f"{source}: the networks do not fit each other: {'; '.join(wrong)}")
+
+
+def one_step_scheduler(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the scheduler_config.json with which one step of diffusers is x0 = (z - s eps) / a at T-1.
+
+    Of diffusers' samplers it is the ancestral one (DDPM) with "trailing" timesteps that starts at T-1, ends at
+    x0 and adds nothing: `pipe(prompt, num_inference_steps=1, guidance_scale=0)`. The betas and the prediction
+    type are those of `values`, any supported scheduler_config.json. Raises InputError as `ScheduleConfig` does.
+    """
+    config = ScheduleConfig.from_dict(dict(values))
+    betas = None if config.trained_betas is None else list(config.trained_betas)
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": config.num_train_timesteps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": config.beta_schedule,
+        "trained_betas": betas,
+        "prediction_type": config.prediction_type,
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
+        "timestep_spacing": "trailing",
+        "steps_offset": 0,
+        "clip_sample": False,
+        "thresholding": False,
+        "variance_type": "fixed_small",
+    }
+
+
+def save_pipeline(
+    directory: str | Path,
+    *,
+    unet: Component | Path | None = None,
+    vae: Component | Path | None = None,
+    text_encoder: Component | Path | None = None,
+    tokenizer_dir: str | Path | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    vae_tiny: Component | Path | None = None,
+    clip: Component | Path | None = None,
+    base: str | Path | None = None,
+    one_step: bool = False,
+    dtype: Any | None = None,
+) -> None:
+    """Writes a pipeline directory that diffusers' `StableDiffusionPipeline.from_pretrained` loads.
+
+    A network is given as it is or as the directory to take it from (one is in memory at a time then);
+    `scheduler` holds the values of a scheduler_config.json. What is not given is taken from the pipeline
+    `base`. With `one_step` the scheduler becomes `one_step_scheduler`. Types are kept unless `dtype` is given.
+    All is written next to `directory` and renamed at the end. Raises InputError for a directory that is not
+    empty or cannot be written, and for parts that are missing, wrong, or do not fit each other.
+    """
+    parts: dict[str, Component | Path | None] = {
+        "unet": unet, "vae": vae, "text_encoder": text_encoder, "vae_tiny": vae_tiny, "clip": clip,
+    }  # fmt: skip
+    if base is not None:
+        opened = load_pipeline(base)
+        for name, part in parts.items():
+            if part is None and name in opened.configs:
+                parts[name] = opened.component_dir(name)
+        tokenizer_dir = tokenizer_dir or opened.component_dir("tokenizer")
+        scheduler = scheduler or opened.scheduler
+    missing = [name for name in _MODELS if parts[name] is None]
+    missing += ["tokenizer_dir"] * (tokenizer_dir is None) + ["scheduler"] * (scheduler is None)
+    if missing:
+        raise InputError(f"a pipeline needs {', '.join(missing)}, or a base to take them from")
+    parts = {name: part for name, part in parts.items() if part is not None}
+    configs = {
+        name: part.config if isinstance(part, Component) else load_config(part)
+        for name, part in parts.items()
+    }
+    _check_fit(configs, str(directory))
+    ScheduleConfig.from_dict(dict(scheduler), "the scheduler given")
+    values = one_step_scheduler(scheduler) if one_step else dict(scheduler)
+    tokenizer_files = _tokenizer_files(existing_directory(tokenizer_dir))
+
+    with new_directory(directory) as partial:
+        for name, part in parts.items():
+            (partial / name).mkdir()
+            component = part if isinstance(part, Component) else load_component(part)
+            write_component(partial / name, component.config, component.params, dtype=dtype)
+            del component  # before the next one is read
+        (partial / "tokenizer").mkdir()
+        for path in tokenizer_files:
+            shutil.copyfile(path, partial / "tokenizer" / path.name)
+        (partial / "scheduler").mkdir()
+        write_json(partial / "scheduler" / "scheduler_config.json", values)
+        write_json(partial / "model_index.json", _index(configs, values["_class_name"]))
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    found = [file_of(directory, name) for name in _TOKENIZER_FILES if (directory / name).exists()]
+    names = {path.name for path in found}
+    if "tokenizer_config.json" not in names or not names & {"tokenizer.json", "vocab.json"}:
+        raise InputError(f"{directory} does not hold a tokenizer")
+    return found
+
+
+def _index(configs: Mapping[str, ModelConfig], scheduler_class: str) -> dict[str, Any]:
+    named = {name: [_PARTS[name][0], class_of(configs[name])] for name in _MODELS}
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        **named,
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler_class],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+    }
