@@ -17,6 +17,6 @@ def learning_rate(peak: float, schedule: str, warmup: int, steps: int) -> optax.
 def adamw(
     rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """Returns AdamW (Loshchilov and Hutter, 2019) behind a clip of the global norm; a `clip_norm` of 0 does not clip."""
+    """Returns AdamW (Loshchilov and Hutter, 2019) behind a clip of the global norm; 0 does not clip."""
     optimizer = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from sbv2_jax.convert.component import load_config
 from sbv2_jax.convert.files import file_of, read_json
-from sbv2_jax.convert.pipeline import read_schedule
+from sbv2_jax.convert.pipeline import PipelineParts, component_dir, load_pipeline, read_schedule
 from sbv2_jax.convert.resolve import resolve
 from sbv2_jax.errors import InputError
 from sbv2_jax.models import published
@@ -53,47 +53,59 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
     """
     if dry_run and config.architecture and not Path(config.teacher).exists():
         return _published_parts(config)
-    pipeline = resolve(config.teacher)
-    teacher, schedule = _part(pipeline / "unet", UNetConfig), read_schedule(pipeline)
+    pipeline = load_pipeline(config.teacher)
+    teacher = Part(config=pipeline.configs["unet"], directory=pipeline.component_dir("unet"))
     if config.architecture:
         _require_architecture(config.architecture, teacher)
-    student, student_schedule = teacher, schedule
+    student, student_schedule = teacher, pipeline.schedule_config
     if config.student.init != "teacher":
-        directory = resolve(config.student.init)
-        student, student_schedule = _part(directory / "unet", UNetConfig), read_schedule(directory)
+        student, student_schedule = _student(config.student.init, pipeline.schedule_config)
     clip = clip_image = decoder = None
     if config.clip.model:
-        directory = resolve(config.clip.model)
-        directory = directory / "clip" if (directory / "clip").is_dir() else directory
-        clip, clip_image = _part(directory, CLIPConfig), _clip_image(directory)
-        inside = config.clip.decoder in ("vae", "vae_tiny")
-        decoder_directory = pipeline / config.clip.decoder if inside else resolve(config.clip.decoder)
-        decoder = _part(decoder_directory, VAEConfig, TinyVAEConfig)
+        clip = _part(component_dir(resolve(config.clip.model), "clip"))
+        clip_image = _clip_image(clip)
+        decoder = _decoder(config.clip.decoder, pipeline)
     return Parts(
         teacher=teacher,
-        teacher_schedule=schedule,
+        teacher_schedule=pipeline.schedule_config,
         student=student,
         student_schedule=student_schedule,
-        text_encoder=_part(pipeline / "text_encoder", CLIPTextConfig),
-        vae=_part(pipeline / "vae", VAEConfig),
+        text_encoder=_part(pipeline.component_dir("text_encoder")),
+        vae=_part(pipeline.component_dir("vae")),
         decoder=decoder,
         clip=clip,
         clip_image=clip_image,
-        pipeline=pipeline,
+        pipeline=pipeline.directory,
     )
 
 
-def _part(directory: Path, *classes: type[ModelConfig]) -> Part:
-    config = load_config(directory)
-    if not isinstance(config, classes):
-        expected = " or ".join(cls.CLASS_NAME for cls in classes)
-        raise InputError(f"{directory} holds a {config.CLASS_NAME}, expected {expected}")
-    return Part(config=config, directory=directory)
+def _part(directory: Path) -> Part:
+    return Part(config=load_config(directory), directory=directory)
 
 
-def _clip_image(directory: Path) -> CLIPImageConfig:
-    path = file_of(directory, "preprocessor_config.json")
-    return CLIPImageConfig.from_dict(read_json(path), str(path))
+def _student(reference: str, teacher_schedule: ScheduleConfig) -> tuple[Part, ScheduleConfig]:
+    directory = resolve(reference)
+    part = _part(component_dir(directory, "unet"))
+    # A UNet on its own says nothing of its schedule: it must be the teacher's.
+    return part, teacher_schedule if part.directory == directory else read_schedule(directory)
+
+
+def _decoder(reference: str, pipeline: PipelineParts) -> Part:
+    if reference in ("vae", "vae_tiny"):
+        return _part(pipeline.component_dir(reference))
+    return _part(component_dir(resolve(reference), "vae_tiny"))
+
+
+def _clip_image(clip: Part) -> CLIPImageConfig:
+    """Reads how the CLIP takes its pictures; without a file of its own, as OpenAI's do, at its size."""
+    size = clip.config.vision_config.image_size
+    if not (clip.directory / "preprocessor_config.json").exists():
+        return CLIPImageConfig(size=size, crop_size=size)
+    path = file_of(clip.directory, "preprocessor_config.json")
+    image = CLIPImageConfig.from_dict(read_json(path), str(path))
+    if image.size != size:
+        raise InputError(f"{path} has size={image.size}; the network takes {size}")
+    return image
 
 
 def _published_parts(config: ConfigDict) -> Parts:

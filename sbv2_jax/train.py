@@ -113,12 +113,11 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
             logging.warning("stopped after step %d, which is saved: run the same command to go on", number)
             return EXIT_PREEMPTED
 
-    export_student(run, state, workdir / "export")
+    export = workdir / "export"
+    export_student(run, state, export)
     if jax.process_index() == 0:
-        print(f"pictures: {sample_path(workdir, config.steps)}")
-        print(
-            f'python launch/generate.py --model={workdir / "export"} --prompt="{config.sample.prompts[0]}" --out=one.png'
-        )
+        prompt = config.sample.prompts[0] if config.sample.prompts else "a red apple"
+        print(f'python launch/generate.py --model={export} --prompt="{prompt}" --out=one.png')
     return 0
 
 

@@ -14,7 +14,7 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             noise = torch.randn_like(parameter)
-            if parameter.ndim == 1:
+            if parameter.ndim < 2:
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)

@@ -213,7 +213,7 @@ def test_the_layout_of_the_cache_of_the_hub(tmp_path):
 
 def shards(directory: Path, rng) -> Path:
     arrays = tensors(rng)
-    write_weights(directory, STEM, infos(arrays), arrays.__getitem__, max_shard_bytes=70)
+    write_weights(directory, STEM, infos(arrays), arrays.__getitem__, max_shard_bytes=80)
     return directory / f"{STEM}.safetensors.index.json"
 
 
@@ -224,11 +224,7 @@ def test_shards_are_written_and_read(tmp_path, rng):
     assert json.loads(index.read_text())["metadata"] == {"total_size": total}
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == [f"model-{i}-of-00002.safetensors" for i in ("00001", "00002")]
-    # The limit holds but for a tensor that is larger by itself.
-    assert [sum(a.nbytes for a in load_file(tmp_path / file).values()) <= 70 for file in files] == [
-        False,
-        True,
-    ] or True
+    assert all(sum(a.nbytes for a in load_file(tmp_path / file).values()) <= 80 for file in files)
     found = dict(open_weights(tmp_path, STEM).read())
     assert found.keys() == arrays.keys()
     assert all(found[name].tobytes() == arrays[name].tobytes() for name in arrays)

@@ -100,8 +100,8 @@ def _open_shards(directory: Path, index: Path) -> Weights:
         wrong += [
             f"{ascii(name)} is in {shard}, not in the index" for name in header if name not in weight_map
         ]
-        infos |= header
-        files |= dict.fromkeys(header, path)
+        infos = header | infos
+        files = dict.fromkeys(header, path) | files
     wrong += [
         f"{ascii(name)} is not in {shard}"
         for name, shard in weight_map.items()
