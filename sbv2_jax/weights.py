@@ -60,7 +60,7 @@ def place(arrays: dict[str, np.ndarray], shardings: dict[str, jax.sharding.Shard
     """Puts host arrays onto devices; with several processes each holds the whole array and gives its part."""
     return {
         name: jax.make_array_from_callback(
-            array.shape, shardings[name], lambda index, array=array: np.ascontiguousarray(array[index])
+            array.shape, shardings[name], lambda index, array=array: np.asarray(array[index])
         )
         for name, array in arrays.items()
     }

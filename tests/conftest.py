@@ -1,8 +1,12 @@
 """Settings of every test: the CPU, silent-broadcast errors, and the comparison that all parity tests use."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of what the tests do: what one of them, or a process it starts, has compiled serves the next.
+_CACHE = tempfile.TemporaryDirectory(prefix="sbv2_jax_compiled_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 
 import jax
 import numpy as np

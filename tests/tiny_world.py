@@ -1,28 +1,34 @@
 """A complete distillation in miniature: random networks of every kind that a step uses, without PyTorch."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from ml_collections import ConfigDict
 
 from sbv2_jax import lora, steps
-from sbv2_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
-from sbv2_jax.models.clip_image import preprocess
+from sbv2_jax.assemble import Run, assemble
+from sbv2_jax.config import default_config
+from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig
+from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.network import Network
-from sbv2_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
-from sbv2_jax.models.unet import UNet2DConditionModel, UNetConfig
-from sbv2_jax.models.vae import AutoencoderKL, VAEConfig
-from sbv2_jax.schedule import ScheduleConfig, make_schedule
-from sbv2_jax.state import Frozen
+from sbv2_jax.models.registry import network
+from sbv2_jax.models.tiny_vae import TinyVAEConfig
+from sbv2_jax.models.unet import UNetConfig
+from sbv2_jax.models.vae import VAEConfig
+from sbv2_jax.parts import Part, Parts
+from sbv2_jax.schedule import ScheduleConfig
+from sbv2_jax.state import Frozen, TrainState, init_state
 from sbv2_jax.tree import Params
 
 BATCH, LATENTS, VOCABULARY, END, LENGTH = 4, (8, 8, 4), 40, 39, 7
+EMPTY = np.full((1, LENGTH), END, np.int32)  # the null prompt
 
 UNET = {
+    "sample_size": LATENTS[0],
     "block_out_channels": [8, 16],
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
@@ -70,54 +76,28 @@ KL_VAE = {
 }
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
-# Other layers, ranks and strengths for each LoRA, so that none can stand in for the other.
-STUDENT_LORA = {"targets": r".*\.attn[12]\.to_(q|k|v|out\.0)", "rank": 3, "alpha": 5.0}
-SCORE_LORA = {"targets": r".*\.attn[12]\.to_(q|v)", "rank": 2, "alpha": 3.0}
+# The LoRAs have other layers, ranks and strengths, so that none can stand in for the other.
+CONFIG = {
+    "steps": 10,
+    "batch_size": BATCH,
+    "seed": 3,
+    "student.lora.rank": 3,
+    "student.lora.alpha": 5.0,
+    "score.rank": 2,
+    "score.alpha": 3.0,
+    "score.targets": r".*\.attn[12]\.to_(q|v)",
+    "score.null_prompt_probability": 0.5,  # of four prompts some are dropped and some are not
+    "ema": 0.7,
+}
 
 
-def scale(settings: dict) -> float:
-    """Returns the factor alpha / rank of a LoRA."""
-    return settings["alpha"] / settings["rank"]
-
-
-@functools.cache
-def unet(lora_name: str | None = None) -> Network:
-    """Returns the UNet, alone or with the LoRA named "student" or "score"."""
-
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        model = UNet2DConditionModel(UNetConfig.from_dict(UNET), rngs)
-        if lora_name is None:
-            return model
-        settings = {"student": STUDENT_LORA, "score": SCORE_LORA}[lora_name]
-        return lora.attach(model, settings["targets"], settings["rank"], rngs)
-
-    return _compiled(Network(build))
-
-
-@functools.cache
-def networks() -> dict[str, Network]:
-    """Returns every network but the UNet."""
-    return {
-        "text": _compiled(Network(lambda r: CLIPTextModel(CLIPTextConfig.from_dict(TEXT), r))),
-        "clip": _compiled(Network(lambda r: CLIPModel(CLIPConfig.from_dict(CLIP), r))),
-        "tiny": _compiled(Network(lambda r: AutoencoderTiny(TinyVAEConfig.from_dict(TINY_VAE), r))),
-        "kl": _compiled(Network(lambda r: AutoencoderKL(VAEConfig.from_dict(KL_VAE), r))),
-    }
-
-
-def fast_jit(function: Callable) -> Callable:
-    """Returns the function jitted to compile fast: these networks take milliseconds to run anyhow."""
+def fast_jit(function: Callable, **kwargs: Any) -> Callable:
+    """Returns the function jitted so that it compiles fast: networks of this size run in no time anyhow."""
     options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return jax.jit(function, compiler_options=options)
+    return jax.jit(function, compiler_options=options, **kwargs)
 
 
-def _compiled(network: Network) -> Network:
-    # Stages that are called outside of jit then share each network's compiled forward and backward pass.
-    network.apply = jax.jit(network.apply, static_argnames="method")
-    return network
-
-
-def random_params(network: Network, seed: int) -> Params:
+def random_params(model: Network, seed: int) -> Params:
     """Draws every parameter so that all of them matter: biases, scales and the LoRA's `up` as well."""
     rng = np.random.default_rng(seed)
 
@@ -128,7 +108,7 @@ def random_params(network: Network, seed: int) -> Params:
             return noise * np.float32(np.prod(shape[:-1]) ** -0.5)
         return np.float32(0.3) * noise + np.float32(leaf == "scale")
 
-    return {name: jnp.asarray(draw(name, shape.shape)) for name, shape in network.shapes.items()}
+    return {name: jnp.asarray(draw(name, shape.shape)) for name, shape in model.shapes.items()}
 
 
 def token_ids(rng: np.random.Generator, batch: int) -> np.ndarray:
@@ -150,56 +130,80 @@ class World:
     batch: steps.Batch
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """A run as `assemble` makes it, and what its step is called with."""
+
+    config: ConfigDict
+    run: Run
+    frozen: Frozen
+    student: Params
+    score: Params
+    batch: steps.Batch
+
+    def init(self, **optimizers: Any) -> TrainState:
+        """Returns the state at step 0, for the run's optimizers unless others are given."""
+        chosen = {name: getattr(self.run, name) for name in ("student_optimizer", "score_optimizer")}
+        return init_state(
+            self.run.seed, self.student, self.score, **chosen | optimizers, ema=self.config.ema > 0
+        )
+
+
 def make_world(
+    changes: dict[str, Any] | None = None,
     *,
-    student: str = "full",
     student_prediction: str = "epsilon",
     teacher_prediction: str = "epsilon",
-    decoder: str | None = None,
-    batch: int = BATCH,
+    unet: dict = UNET,
 ) -> World:
-    """Returns a world whose student trains all weights ("full") or a "lora"; a decoder brings the CLIP loss.
+    """Returns a world whose configuration is CONFIG with these changes, all weights drawn at random.
 
-    The student starts from other weights than the teacher's.
+    The student starts from other weights than the teacher's. A `clip.weight` brings the CLIP loss.
     """
-    rng = np.random.default_rng(7)
-    net = networks()
-    text_params = random_params(net["text"], 1)
-    empty = np.full((1, LENGTH), END, np.int32)
-    student_unet = unet("student" if student == "lora" else None)
-    student_base, student_lora = lora.split(random_params(student_unet, 2))
-    teacher, score = lora.split(random_params(unet("score"), 3))
-    models = steps.Models(
-        student=student_unet,
-        student_schedule=make_schedule(ScheduleConfig(**SCHEDULE, prediction_type=student_prediction)),
-        score=unet("score"),
-        score_schedule=make_schedule(ScheduleConfig(**SCHEDULE, prediction_type=teacher_prediction)),
-        text_encoder=net["text"],
-        **({} if decoder is None else _clip_loss(decoder)),
-    )
+    config = default_config()
+    config.update_from_flattened_dict(CONFIG | (changes or {}))
+    parts = _parts(config, unet, student_prediction, teacher_prediction)
+    run = assemble(config, parts)
+    student_base, student_lora = lora.split(random_params(run.models.student, 2))
+    teacher, score = lora.split(random_params(run.models.score, 3))
+    text_params = random_params(run.models.text_encoder, 1)
+    null_context = fast_jit(run.models.text_encoder.apply)(text_params, EMPTY).last_hidden_state[0]
     frozen = Frozen(
         teacher=teacher,
-        student=student_base if student == "lora" else {},
+        student=student_base if run.lora_student else {},
         text_encoder=text_params,
-        null_context=net["text"].apply(text_params, empty).last_hidden_state[0],
-        decoder={} if decoder is None else random_params(net[decoder], 4),
-        clip={} if decoder is None else random_params(net["clip"], 5),
+        null_context=null_context,
+        decoder=random_params(network(parts.decoder.config), 4) if parts.decoder else {},
+        clip=random_params(network(parts.clip.config), 5) if parts.clip else {},
     )
+    rng = np.random.default_rng(7)
+    ids, clip_ids = token_ids(rng, config.batch_size), token_ids(rng, config.batch_size)
     return World(
-        models=models,
+        config=config,
+        run=run,
         frozen=frozen,
-        student=student_lora if student == "lora" else student_base,
+        student=student_lora if run.lora_student else student_base,
         score=score,
-        batch=steps.Batch(token_ids(rng, batch), None if decoder is None else token_ids(rng, batch)),
+        batch=steps.Batch(ids, clip_ids if parts.clip else None),
     )
 
 
-def _clip_loss(decoder: str) -> dict[str, Callable]:
-    net = networks()
-    factor = {"tiny": 1.0, "kl": KL_VAE["scaling_factor"]}[decoder]
-    size = VISION["image_size"]
-    return {
-        "decode": lambda p, x: net[decoder].apply(p, x / factor, method="decode"),
-        "clip_image": lambda p, x: net["clip"].apply(p, preprocess(x, size), method="image_features"),
-        "clip_text": lambda p, ids: net["clip"].apply(p, ids, method="text_features"),
-    }
+def _parts(config: ConfigDict, unet: dict, student_prediction: str, teacher_prediction: str) -> Parts:
+    def part(config_class: type, values: dict) -> Part:
+        return Part(config=config_class.from_dict(values), directory=None)
+
+    vae, tiny = part(VAEConfig, KL_VAE), part(TinyVAEConfig, TINY_VAE)
+    clip_loss = config.clip.weight > 0
+    side = VISION["image_size"]
+    return Parts(
+        teacher=part(UNetConfig, unet),
+        teacher_schedule=ScheduleConfig(**SCHEDULE, prediction_type=teacher_prediction),
+        student=part(UNetConfig, unet),
+        student_schedule=ScheduleConfig(**SCHEDULE, prediction_type=student_prediction),
+        text_encoder=part(CLIPTextConfig, TEXT),
+        vae=vae,
+        decoder={"vae": vae, "vae_tiny": tiny}[config.clip.decoder] if clip_loss else None,
+        clip=part(CLIPConfig, CLIP) if clip_loss else None,
+        clip_image=CLIPImageConfig(size=side, crop_size=side) if clip_loss else None,
+        pipeline=None,
+    )

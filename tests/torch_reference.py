@@ -109,12 +109,13 @@ class Reference:
         return [module for module in every if module is not None]
 
     def start(self) -> None:
-        """Makes the optimisers and the average, once the weights are loaded."""
+        """Makes the optimisers and the average, once the weights are loaded; `gradients` are the last, unclipped."""
         m = self.method
         self.optimizers = {
             module: torch.optim.AdamW(trained(module), lr=lr, eps=m.eps, weight_decay=m.weight_decay)
             for module, lr in ((self.student, m.student_lr), (self.score, m.score_lr))
         }
+        self.gradients = {}
         self.average = copy.deepcopy(self.student)
 
     def generate(self, z: Tensor, context: Tensor) -> Tensor:
@@ -197,8 +198,13 @@ class Reference:
     def descend(self, module: torch.nn.Module, loss: Tensor) -> None:
         self.optimizers[module].zero_grad()
         loss.backward()
+        self.gradients[module] = {
+            plain_name(n): p.grad.numpy().copy() for n, p in module.named_parameters() if p.requires_grad
+        }
         norm = torch.nn.utils.clip_grad_norm_(trained(module), self.method.clip_norm)
         assert norm > self.method.clip_norm, "a clip that does nothing is not tested"
+        for parameter in trained(module):
+            parameter.grad *= (norm + 1e-6) / norm  # PyTorch divides by norm + 1e-6, the definition by the norm
         self.optimizers[module].step()
 
 
@@ -232,12 +238,7 @@ def load(module: torch.nn.Module, arrays: dict[str, np.ndarray]) -> None:
 
 def weights(module: torch.nn.Module) -> dict[str, np.ndarray]:
     """Returns the trained weights under their plain names."""
-    return {plain_name(n): p.detach().numpy() for n, p in module.named_parameters() if p.requires_grad}
-
-
-def gradients(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Returns the gradients of the trained weights under their plain names."""
-    return {plain_name(n): p.grad.numpy() for n, p in module.named_parameters() if p.requires_grad}
+    return {plain_name(n): p.detach().numpy().copy() for n, p in module.named_parameters() if p.requires_grad}
 
 
 def nchw(array: np.ndarray) -> Tensor:

@@ -46,8 +46,8 @@ def load_component(
 ) -> Component:
     """Loads a model directory of diffusers or transformers, without network and without pickle.
 
-    The parameters keep the file's types unless `dtype` (float32, bfloat16 or float16) is asked for. All checks
-    come before the first tensor is read, and tensors are read one after the other.
+    The parameters keep the file's types unless `dtype` (float32, bfloat16 or float16) is asked for; where no
+    cast is needed they are read-only views of the file. All checks come before the first tensor is read.
     Raises InputError that lists every missing and unexpected name, every wrong shape and type, in PyTorch's
     names; also for a value that `dtype` cannot hold. `variant` is explained at `weights.open_weights`.
     """
@@ -56,17 +56,13 @@ def load_component(
     config = load_config(directory)
     weights = open_weights(directory, _stem(config), variant=variant)
     ours = _match(class_of(config), weights, network(config).shapes, str(directory))
-    params = {
-        ours[name]: _cast(ours[name], to_ours(ours[name], array), dtype)
-        for name, array in _read(class_of(config), weights, ours)
-    }
+    # What is cast is read and let go; the rest stays where it is, in the file.
+    mapped = all(dtype in (None, weights.infos[name].dtype) for name in ours)
+    params = {}
+    for name, array in weights.read(ours.keys(), mapped=mapped):
+        array = array.reshape(current_shape(class_of(config), name, array.shape))
+        params[ours[name]] = _cast(ours[name], to_ours(ours[name], array), dtype)
     return Component(config, {name: params[name] for name in sorted(params)})
-
-
-def _read(class_name: str, weights: Weights, wanted: Mapping[str, str]):
-    for name, array in weights.read():
-        if name in wanted:
-            yield name, array.reshape(current_shape(class_name, name, array.shape))
 
 
 def _match(class_name: str, weights: Weights, shapes: Shapes, source: str) -> dict[str, str]:

@@ -112,27 +112,11 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write {directory}: {error.strerror or error}") from error
     try:
         yield partial
-        _publish(partial, directory)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)  # mkdtemp's are private
+        os.rename(partial, directory)  # replaces an empty directory, fails on any other
     except OSError as error:
         raise InputError(f"cannot write {directory}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(partial: Path, directory: Path) -> None:
-    """Forces the written files to the disk and renames the directory that holds them."""
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o777 & ~umask)  # mkdtemp's are private
-    for path in (*partial.rglob("*"), partial):
-        _fsync(path)
-    os.rename(partial, directory)  # replaces an empty directory, fails on any other
-    _fsync(directory.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

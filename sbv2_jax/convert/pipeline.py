@@ -11,6 +11,7 @@ from sbv2_jax.convert.component import Component, load_component, load_config, w
 from sbv2_jax.convert.files import existing_directory, file_of, new_directory, read_json, write_json
 from sbv2_jax.convert.resolve import resolve
 from sbv2_jax.errors import InputError
+from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import class_of
 from sbv2_jax.schedule import ScheduleConfig
@@ -103,6 +104,8 @@ def component_dir(directory: str | Path, name: str) -> Path:
     Raises InputError for a missing folder, and for one that is a symbolic link out of the pipeline.
     """
     directory = existing_directory(directory)
+    if name not in _PARTS and name not in _EXTRAS:
+        raise InputError(f"no part of a pipeline is named {name!r} ({', '.join((*_PARTS, *_EXTRAS))})")
     classes = _EXTRAS.get(name) or _PARTS[name][1]
     if not (directory / "model_index.json").exists() and (directory / "config.json").exists():
         found = class_of(load_config(directory))
@@ -237,9 +240,10 @@ def save_pipeline(
 ) -> None:
     """Writes a pipeline directory that diffusers' `StableDiffusionPipeline.from_pretrained` loads.
 
-    A network is given as it is or as the directory to take it from (one is in memory at a time then);
-    `scheduler` holds the values of a scheduler_config.json. What is not given is taken from the pipeline
-    `base`. With `one_step` the scheduler becomes `one_step_scheduler`. Types are kept unless `dtype` is given.
+    A network is given as it is, or as the directory to take it from (one is in memory at a time then), a CLIP
+    with the `preprocessor_config.json` and the tokenizer that lie there. `scheduler` holds the values of a
+    scheduler_config.json; with `one_step` it becomes `one_step_scheduler`. What is not given is taken from the
+    pipeline `base`. Types are kept unless `dtype` is given.
     All is written next to `directory` and renamed at the end. Raises InputError for a directory that is not
     empty or cannot be written, and for parts that are missing, wrong, or do not fit each other.
     """
@@ -273,12 +277,26 @@ def save_pipeline(
             component = part if isinstance(part, Component) else load_component(part)
             write_component(partial / name, component.config, component.params, dtype=dtype)
             del component  # before the next one is read
+        if "clip" in parts:
+            _write_clip_files(partial / "clip", parts["clip"])
         (partial / "tokenizer").mkdir()
         for path in tokenizer_files:
             shutil.copyfile(path, partial / "tokenizer" / path.name)
         (partial / "scheduler").mkdir()
         write_json(partial / "scheduler" / "scheduler_config.json", values)
         write_json(partial / "model_index.json", _index(configs, values["_class_name"]))
+
+
+def _write_clip_files(directory: Path, clip: Component | Path) -> None:
+    """Writes what a CLIP needs beside its weights: how pictures are made its input, and its tokenizer if any."""
+    if isinstance(clip, Component):
+        side = clip.config.vision_config.image_size
+        processor = CLIPImageConfig(size=side, crop_size=side).to_dict()
+        write_json(directory / "preprocessor_config.json", processor)
+        return
+    for name in ("preprocessor_config.json", *_TOKENIZER_FILES):
+        if (Path(clip) / name).exists():
+            shutil.copyfile(file_of(Path(clip), name), directory / name)
 
 
 def _tokenizer_files(directory: Path) -> list[Path]:

@@ -1,13 +1,13 @@
 """safetensors files, read strictly and written as a stream.
 
-The safetensors library maps the file and checks offsets and lengths. What it lets pass is refused here: keys
+The safetensors library checks offsets and lengths. What it lets pass is refused here: keys
 given twice, names that are paths, headers of a hundred megabytes, and pickles with another name.
 """
 
 import json
-import os
+import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,10 +33,19 @@ _ALIGNMENT = 8
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of a tensor: the format's name of its type, such as "BF16", and its shape."""
+    """What a header says of a tensor: the format's name of its type, such as "BF16", and its shape.
+
+    `offset` is the place of its first byte in the file it was read from.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the tensor takes; KeyError for a type that is not one of `DTYPES`."""
+        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -48,16 +57,26 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if path.suffix in PICKLE_SUFFIXES:
         raise InputError(f"{path} is a pickle, which can run code: only safetensors files are read")
     try:
-        header = parse_json(_header_bytes(path), f"the header of {path}")
+        text = _header_bytes(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
+    header = parse_json(text, f"the header of {path}")
     header.pop("__metadata__", None)
     bad = [name for name in header if ".." in name or name[:1] in ("", "/", "\\") or not name.isprintable()]
     if bad:
         raise InputError(f"{path} has unsafe names of tensors: {', '.join(map(ascii, bad[:10]))}")
-    with _opened(path) as file:  # the library's checks, of offsets and lengths above all
-        order = file.offset_keys()
-    return {name: TensorInfo(header[name]["dtype"], tuple(header[name]["shape"])) for name in order}
+    try:
+        with safe_open(
+            path, framework="np"
+        ) as file:  # the library's checks, of offsets and lengths above all
+            order = file.offset_keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a sound safetensors file (truncated?): {error}") from error
+    start = 8 + len(text)
+    return {
+        name: TensorInfo(one["dtype"], tuple(one["shape"]), start + one["data_offsets"][0])
+        for name, one in ((name, header[name]) for name in order)
+    }
 
 
 def _header_bytes(path: Path) -> bytes:
@@ -76,24 +95,23 @@ def _header_bytes(path: Path) -> bytes:
         return file.read(length)
 
 
-def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of these names one after the other, in memory of their own.
+def read_tensors(
+    path: Path, infos: Mapping[str, TensorInfo], *, mapped: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields tensors of a file one after the other, by what `read_header` said of them; `DTYPES` only.
 
-    Raises InputError for a file that `safe_open` refuses. Call `read_header` first: it refuses more.
+    With `mapped` they are read-only views of the file, which the system reads when they are used: they take no
+    memory of their own, and the file must not be overwritten in place while they live. Otherwise they are read.
     """
-    with _opened(path) as file:
-        for name in names:
-            try:
-                yield name, file.get_tensor(name)
-            except (SafetensorError, TypeError, ValueError) as error:
-                raise InputError(f"{path}: tensor {ascii(name)}: {error}") from error
-
-
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a sound safetensors file (truncated?): {error}") from error
+    view = np.memmap(path, np.uint8, mode="r") if mapped and infos else None
+    with open(path, "rb") as file:
+        for name, info in infos.items():
+            # Files of early versions of the library are not aligned.
+            if view is not None and info.offset % DTYPES[info.dtype].itemsize == 0:
+                data = view[info.offset : info.offset + info.nbytes].view(np.ndarray)
+            else:
+                data = np.fromfile(file, np.uint8, info.nbytes, offset=info.offset - file.tell())
+            yield name, data.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor: Callable[[str], np.ndarray]) -> None:
@@ -107,10 +125,10 @@ def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor: Callable[[st
     order = sorted(infos, key=lambda name: (types.index(infos[name].dtype), name))
     offset = 0
     for name in order:
-        dtype, shape = infos[name]
-        end = offset + DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+        info = infos[name]
+        ends = [offset, offset + info.nbytes]
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": ends}
+        offset = ends[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with open(path, "wb") as file:
@@ -120,5 +138,3 @@ def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor: Callable[[st
             if (array.dtype, array.shape) != (DTYPES[infos[name].dtype], infos[name].shape):
                 raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {infos[name]}")
             file.write(array.reshape(-1).view(np.uint8))
-        file.flush()
-        os.fsync(file.fileno())

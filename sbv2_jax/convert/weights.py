@@ -1,7 +1,7 @@
 """The weight files of one model: one safetensors file, or several and an index, in the hub's naming."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from sbv2_jax.convert.files import file_of, read_json, write_json
 from sbv2_jax.convert.safetensors_io import (
-    DTYPES,
     PICKLE_SUFFIXES,
     TensorInfo,
     read_header,
@@ -27,10 +26,14 @@ class Weights(NamedTuple):
     infos: dict[str, TensorInfo]
     files: dict[str, Path]
 
-    def read(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields every tensor, file by file and in the order of the file's bytes."""
+    def read(self, names: Collection[str], *, mapped: bool) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the tensors of these names, file by file and in the order of the file's bytes.
+
+        `mapped` is explained at `safetensors_io.read_tensors`.
+        """
         for path in dict.fromkeys(self.files.values()):
-            yield from read_tensors(path, [name for name, file in self.files.items() if file == path])
+            wanted = [name for name in self.infos if name in names and self.files[name] == path]
+            yield from read_tensors(path, {name: self.infos[name] for name in wanted}, mapped=mapped)
 
 
 def open_weights(directory: Path, stem: str, *, variant: str | None = None) -> Weights:
@@ -127,12 +130,11 @@ def write_weights(
     shards: list[dict[str, TensorInfo]] = [{}]
     filled = total = 0
     for name, info in infos.items():
-        size = DTYPES[info.dtype].itemsize * int(np.prod(info.shape, dtype=np.int64))
-        if shards[-1] and filled + size > max_shard_bytes:
+        if shards[-1] and filled + info.nbytes > max_shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = info
-        filled, total = filled + size, total + size
+        filled, total = filled + info.nbytes, total + info.nbytes
     if len(shards) == 1:
         write_file(directory / f"{stem}.safetensors", infos, tensor)
         return

@@ -1,0 +1,58 @@
+"""Specs by rule, on an abstract mesh: no device is needed to say what goes where."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from sbv2_jax.errors import InputError
+from sbv2_jax.sharding import AXES, bytes_per_device, matches, shardings
+
+MESH = AbstractMesh((2, 4), AXES)
+
+
+def shape(*dims: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+
+TREE = {
+    "conv.kernel": shape(3, 3, 320, 640),
+    "dense.kernel": shape(512, 128),
+    "odd.kernel": shape(511, 333),
+    "odd_in.kernel": shape(510, 256),
+    "norm.scale": shape(320),
+    "count": shape(),
+}
+
+
+def test_the_largest_divisible_dimension_of_a_large_leaf_is_split():
+    specs = {name: sharding.spec for name, sharding in shardings(TREE, MESH).items()}
+    assert specs == {
+        "conv.kernel": PartitionSpec(None, None, None, "fsdp"),
+        "dense.kernel": PartitionSpec("fsdp"),
+        "odd.kernel": PartitionSpec(),
+        "odd_in.kernel": PartitionSpec(None, "fsdp"),
+        "norm.scale": PartitionSpec(),
+        "count": PartitionSpec(),
+    }
+
+
+def test_bytes_per_device_count_the_shards():
+    split = 3 * 3 * 320 * 640 + 512 * 128 + 510 * 256
+    whole = 511 * 333 + 320 + 1
+    assert bytes_per_device(TREE, shardings(TREE, MESH)) == 4 * (split // 4 + whole)
+
+
+def test_the_first_rule_that_matches_wins_and_matches_are_counted():
+    rules = ((r"conv.*", "replicate"), (r".*\.kernel", "fsdp"), (r".*", "replicate"))
+    specs = shardings(TREE, MESH, rules)
+    assert specs["conv.kernel"].spec == PartitionSpec()
+    assert specs["dense.kernel"].spec == PartitionSpec("fsdp")
+    assert matches(TREE, rules) == {r"conv.*": 1, r".*\.kernel": 3, r".*": 2}
+
+
+def test_a_leaf_without_a_rule_and_an_unknown_strategy_are_errors():
+    with pytest.raises(InputError, match="count, norm.scale"):
+        shardings(TREE, MESH, ((r".*\.kernel", "fsdp"),))
+    with pytest.raises(InputError, match="'tensor'"):
+        shardings(TREE, MESH, ((r".*", "tensor"),))
