@@ -1,5 +1,7 @@
 """Package metadata of sbv2_jax."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 TEST = [
@@ -21,7 +23,7 @@ setup(
     name="sbv2_jax",
     version="0.1.0",
     description="One-step text-to-image diffusion by SwiftBrush v2 distillation, in JAX",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["sbv2_jax", "sbv2_jax.*"]),

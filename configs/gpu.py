@@ -8,29 +8,15 @@ python launch/train.py --config=configs/gpu.py:runlocal --workdir=/tmp/sd21    (
 
 from ml_collections import ConfigDict
 
-from sbv2_jax.config import default_config, shrink
+from sbv2_jax.config import shrink, stable_diffusion_21
 from sbv2_jax.fields import words
 
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the run; `argument` holds "lora" (the second training), "runlocal" (shrunk), or both."""
     chosen = words(argument, "lora", "runlocal")
-    config = default_config()
-    config.teacher = "checkpoints/stable-diffusion-2-1-base"
-    config.architecture = "sd21-base"
-    config.resolution = 512
-    config.student.init = "checkpoints/sd-turbo"
-    config.prompts = "data/prompts.txt"
-    config.batch_size = 64
+    config = stable_diffusion_21(lora="lora" in chosen)
     config.accumulate = 4
-    config.precision = "bfloat16"
-    config.remat = "block"
-    if "lora" in chosen:
-        config.student.mode = "lora"
-        config.student.lr = 1e-3
-        config.clip.model = "checkpoints/clip-vit-base-patch32"
-        config.clip.decoder = "checkpoints/taesd"
-        config.clip.weight = 0.1
     if "runlocal" in chosen:
         shrink(config)
     return config

@@ -75,9 +75,13 @@ def default_config() -> ConfigDict:
     config.accumulate = 1  # gradient accumulation: passes that one update is split into
     config.seed = 0  # of the weights, noise, times and the order of the prompts
     config.teacher = "bundled"  # a diffusers directory, a hub id, or "bundled" (the OpenMoji pipeline)
-    config.architecture = ""  # "sd15", "sd21-base", "sd21": what the teacher must be; sizes a dry run without it
+    config.architecture = (
+        ""  # "sd15", "sd21-base", "sd21": what the teacher must be; sizes a dry run without it
+    )
     config.resolution = 0  # pixels a side; 0 is what the teacher's UNet was made for
-    config.prompts = "openmoji"  # a text file, one prompt a line; a TFDS/array_record directory; or "openmoji"
+    config.prompts = (
+        "openmoji"  # a text file, one prompt a line; a TFDS/array_record directory; or "openmoji"
+    )
 
     config.student = ConfigDict()
     config.student.init = "teacher"  # "teacher", or where its UNet comes from (as for teacher; SD-Turbo)
@@ -106,7 +110,9 @@ def default_config() -> ConfigDict:
 
     config.clip = ConfigDict()
     config.clip.model = ""  # a CLIP directory, a hub id, "bundled", or "" for no CLIP loss
-    config.clip.decoder = "vae_tiny"  # "vae_tiny" or "vae" of the teacher, or an AutoencoderTiny directory or hub id
+    config.clip.decoder = (
+        "vae_tiny"  # "vae_tiny" or "vae" of the teacher, or an AutoencoderTiny directory or hub id
+    )
     config.clip.weight = 0.0  # at the first step; falls linearly to 0 over the run
     config.clip.tau = 0.35  # a sample whose image and text agree by more than this adds nothing
 
@@ -135,6 +141,29 @@ def default_config() -> ConfigDict:
     config.sample.every = 500  # steps between sample images; 0 draws none
     config.sample.prompts = ("a red apple on a blue background", "a smiling cat")
     return config.lock()
+
+
+def stable_diffusion_21(lora: bool) -> ConfigDict:
+    """Returns the paper's main run, to be fitted to a machine: SD 2.1 base at 512 px, from SD-Turbo.
+
+    `lora` is the second training, a LoRA with the CLIP loss; the first one trains all weights.
+    The directories are where a user is expected to put the checkpoints; a hub id may stand for each.
+    """
+    config = default_config()
+    config.teacher = "checkpoints/stable-diffusion-2-1-base"
+    config.architecture = "sd21-base"
+    config.resolution = 512
+    config.student.init = "checkpoints/sd-turbo"
+    config.prompts = "data/prompts.txt"
+    config.precision = "bfloat16"
+    config.remat = "block"
+    if lora:
+        config.student.mode = "lora"
+        config.student.lr = 1e-3
+        config.clip.model = "checkpoints/clip-vit-base-patch32"
+        config.clip.decoder = "checkpoints/taesd"
+        config.clip.weight = 0.1
+    return config
 
 
 def shrink(config: ConfigDict) -> None:

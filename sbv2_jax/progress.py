@@ -45,11 +45,9 @@ class ProgressGrid:
         self._student = Generator(
             network(run.parts.student.config), run.models.student_schedule, text_encoder, vae, scale
         )
-        # The published range of guidance: what VSD was given if that guides at all.
-        guidance = run.objective.guidance
         self._columns = {
             f"teacher, {TEACHER_STEPS} steps": self._pictures(
-                self._teacher, frozen.teacher, steps=TEACHER_STEPS, guidance=guidance
+                self._teacher, frozen.teacher, steps=TEACHER_STEPS, guidance=run.objective.guidance
             ),
             "teacher, 1 step": self._pictures(self._teacher, frozen.teacher),
         }

@@ -20,7 +20,28 @@ def relative_error(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     assert np.abs(theirs).max() > 0, "a comparison with zeros proves nothing"
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    return measured(float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
+
+
+_FIGURES: dict[str, float] = {}
+
+
+def measured(error: float) -> float:
+    """Notes an error for the table of `pytest --figures`, the largest of each test, and returns it."""
+    test = os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)")
+    _FIGURES[test] = max(error, _FIGURES.get(test, 0.0))
+    return error
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", action="store_true", help="print the largest error that each test measured")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--figures"):
+        terminalreporter.section("largest relative errors")
+        for test, error in _FIGURES.items():
+            terminalreporter.write_line(f"{error:.1e}  {test.removeprefix('tests/')}")
 
 
 @pytest.fixture

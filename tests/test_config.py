@@ -13,7 +13,7 @@ from sbv2_jax.config import FIELDS, check_mesh, default_config, validate
 from sbv2_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = [ROOT / "configs" / f"{name}.py" for name in ("gpu", "openmoji", "tpu_v4")]
 
 
 def with_field(name: str, value) -> ConfigDict:
@@ -56,13 +56,11 @@ def test_config_files_are_valid_whole_and_shrunk(path):
     docstring = path.read_text().split('"""')[1]
     for argument in ("", "runlocal"):
         spec = f"{path}:{argument}" if argument else str(path)
-        if "default_config" not in path.read_text():
-            pytest.skip("not a distillation config")
         config = fields.load(spec)
         validate(config)
         assert config.is_locked
         assert f"--config=configs/{path.name}{':' if argument else ''}{argument}" in docstring
-    assert config.steps <= 10 and config.teacher == config.prompts == "bundled"
+    assert (config.teacher, config.prompts) == ("bundled", "openmoji") and config.steps <= 10
     assert check_mesh(config, 1) == (1, 1)
 
 
