@@ -23,9 +23,10 @@ def vsd_gradient(
     for x_t. Weighting "sbv2": s_t^2 (eps_T - eps_S) (ProlificDreamer, Wang et al., 2023, equation 9, with
     SwiftBrush's weight). "dmd": (x0_S - x0_T) / mean |x - x0_T| (Yin et al., 2024, equations 7 and 8); the
     two differ by a factor for each sample alone, as s_t^2 (eps_T - eps_S) = s_t a_t (x0_S - x0_T).
+    Raises TypeError unless every array is float32.
     """
+    _, s = coefficients(schedule, t, x, x_t, teacher_epsilon, score_epsilon)
     if weighting == "sbv2":
-        _, s = coefficients(schedule, t, x)
         return s**2 * (teacher_epsilon - score_epsilon)
     if weighting == "dmd":
         teacher_x0 = epsilon_to_x0(schedule, teacher_epsilon, x_t, t)

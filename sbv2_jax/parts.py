@@ -1,11 +1,11 @@
-"""The components of a run as their files describe them: small JSON files, no weights."""
+"""The components of a run as their files describe them: small JSON files and headers, no weights."""
 
 import dataclasses
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from sbv2_jax.convert.component import load_config
+from sbv2_jax.convert.component import check_component
 from sbv2_jax.convert.files import file_of, read_json
 from sbv2_jax.convert.pipeline import PipelineParts, component_dir, load_pipeline, read_schedule
 from sbv2_jax.convert.resolve import resolve
@@ -46,7 +46,7 @@ class Parts:
 
 
 def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
-    """Reads the configurations of every component that the run needs.
+    """Reads the configuration of every component that the run needs, and the headers of its weights.
 
     A dry run without the teacher's directory takes the published shapes of `config.architecture`.
     Raises InputError for what is missing, unsupported, or not of that architecture.
@@ -54,7 +54,7 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
     if dry_run and config.architecture and not Path(config.teacher).exists():
         return _published_parts(config)
     pipeline = load_pipeline(config.teacher)
-    teacher = Part(config=pipeline.configs["unet"], directory=pipeline.component_dir("unet"))
+    teacher = _part(pipeline.component_dir("unet"))
     if config.architecture:
         _require_architecture(config.architecture, teacher)
     student, student_schedule = teacher, pipeline.schedule_config
@@ -80,7 +80,7 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
 
 
 def _part(directory: Path) -> Part:
-    return Part(config=load_config(directory), directory=directory)
+    return Part(config=check_component(directory), directory=directory)
 
 
 def _student(reference: str, teacher_schedule: ScheduleConfig) -> tuple[Part, ScheduleConfig]:

@@ -19,15 +19,19 @@ from tiny_pipeline import write_pipeline
 import sbv2_jax
 from sbv2_jax import checkpoint, lora
 from sbv2_jax.convert.component import load_component
+from sbv2_jax.errors import InputError
+from sbv2_jax.fields import load
 from sbv2_jax.preemption import EXIT_PREEMPTED
+from sbv2_jax.train import train
 
 ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "openmoji.py"
 STEPS = 6
 LORA = {
     "student.mode": "lora",
     "student.lora.rank": 2,
     "student.lora.alpha": 4.0,
-    "clip.model": "TEACHER",
+    "clip.model": "{}/pipeline",
     "clip.weight": 0.5,
     "clip.tau": 0.9,
     "ema": 0.0,
@@ -43,23 +47,25 @@ def world(tmp_path_factory):
     return directory
 
 
-def command(world: Path, workdir: Path, *flags: str, **fields: object) -> list[str]:
+def fields(world: Path, changes: dict[str, object]) -> dict[str, object]:
+    """The tiny run's settings; in a string, {} stands for the world's directory."""
     values = {
-        "teacher": world / "pipeline",
-        "prompts": world / "prompts.txt",
+        "teacher": "{}/pipeline",
+        "prompts": "{}/prompts.txt",
         "steps": STEPS,
         "batch_size": 4,
         "score.rank": 2,
         "ema": 0.9,
         "sample.every": 3,
         "checkpoint.every": 2,
-        **fields,
+        **changes,
     }
-    overrides = [
-        f"--config.{name}={world / 'pipeline' if value == 'TEACHER' else value}"
-        for name, value in values.items()
-    ]
-    program = [sys.executable, "launch/train.py", f"--config={ROOT}/configs/openmoji.py"]
+    return {name: value.format(world) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def command(world: Path, workdir: Path, *flags: str, **changes: object) -> list[str]:
+    overrides = [f"--config.{name}={value}" for name, value in fields(world, changes).items()]
+    program = [sys.executable, "launch/train.py", f"--config={CONFIG}"]
     return [*program, f"--workdir={workdir}", *overrides, *flags]
 
 
@@ -199,9 +205,8 @@ def test_dry_run_of_sd21_counts_and_allocates_nothing(tmp_path):
 REFUSALS: dict[str, tuple[dict[str, object], str]] = {
     "missing teacher": ({"teacher": "{}/nowhere"}, "nowhere does not exist"),
     "pickle": ({"teacher": "{}/pickled"}, "pickle"),
+    "pickle as the student's start": ({"student.init": "{}/pickled"}, "pickle"),
     "wrong shape": ({"teacher": "{}/reshaped"}, "does not fit its config.json"),
-    "misspelt field": ({"studnet.lr": 1}, "did you mean --config.student.lr?"),
-    "wrong type": ({"batch_size": "many"}, "batch_size"),
     "indivisible batch": ({"mesh.fsdp": 3}, "config.batch_size = 4"),
     "more devices than here": ({"mesh.data": 2}, "needs 2 devices; there are 1"),
     "missing prompts": ({"prompts": "{}/none.txt"}, "none.txt"),
@@ -226,14 +231,29 @@ def bad_world(world):
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(bad_world, tmp_path, case):
-    fields, message = REFUSALS[case]
-    fields = {name: str(value).format(bad_world) for name, value in fields.items()}
-    workdir = tmp_path / "run"
-    code, _, err = run(command(bad_world, workdir, **fields))
-    assert code == 2, err
+def test_bad_input_is_one_line_and_nothing_is_written(bad_world, tmp_path, case):
+    changes, message = REFUSALS[case]
+    config = load(str(CONFIG))
+    config.update_from_flattened_dict(fields(bad_world, changes))
+    with pytest.raises(InputError) as error:
+        train(config, tmp_path / "run")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"studnet.lr": 1}, "did you mean --config.student.lr?"),
+        ({"batch_size": "many"}, "batch_size"),
+        ({"teacher": "{}/nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line_with_exit_code_2(world, tmp_path, changes, message):
+    code, _, err = run(command(world, tmp_path / "run", **changes))
+    assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
-    assert not workdir.exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_another_configuration_is_refused_unless_forced(world, straight, tmp_path):

@@ -31,7 +31,7 @@ UNET = {
     "sample_size": LATENTS[0],
     "block_out_channels": [8, 16],
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
     "mid_block_type": "UNetMidBlock2D",
     "layers_per_block": 1,
     "norm_num_groups": 4,
@@ -121,17 +121,6 @@ def token_ids(rng: np.random.Generator, batch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
-    """What a step is called with, and the trained parameters to start from."""
-
-    models: steps.Models
-    frozen: Frozen
-    student: Params
-    score: Params
-    batch: steps.Batch
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class World:
     """A run as `assemble` makes it, and what its step is called with."""
 
     config: ConfigDict
@@ -145,7 +134,7 @@ class World:
         """Returns the state at step 0, for the run's optimizers unless others are given."""
         chosen = {name: getattr(self.run, name) for name in ("student_optimizer", "score_optimizer")}
         return init_state(
-            self.run.seed, self.student, self.score, **chosen | optimizers, ema=self.config.ema > 0
+            self.run.seed, self.student, self.score, **(chosen | optimizers), ema=self.config.ema > 0
         )
 
 

@@ -98,6 +98,7 @@ class Reference:
         self.vae = None
         if vae is not None:
             self.vae = {"tiny": AutoencoderTiny, "kl": AutoencoderKL}[vae[0]].from_config(vae[1])
+        torch.set_num_threads(1)  # on tensors of this size, more threads only wait for each other
         for module in self.modules():
             module.double().eval()
         for module in self.modules():
@@ -156,7 +157,9 @@ class Reference:
         text = self.clip.text_model(input_ids=ids).pooler_output
         return F.cosine_similarity(self.clip.visual_projection(image), self.clip.text_projection(text))
 
-    def student_loss(self, x, noise, t, context, null, clip_ids, step: int) -> tuple[Tensor, dict[str, float]]:
+    def student_loss(
+        self, x, noise, t, context, null, clip_ids, step: int
+    ) -> tuple[Tensor, dict[str, float]]:
         m = self.method
         direction = self.vsd_direction(x.detach(), noise, t, context, null)
         loss = m.vsd_weight * (direction * x).mean()
@@ -204,7 +207,9 @@ class Reference:
         norm = torch.nn.utils.clip_grad_norm_(trained(module), self.method.clip_norm)
         assert norm > self.method.clip_norm, "a clip that does nothing is not tested"
         for parameter in trained(module):
-            parameter.grad *= (norm + 1e-6) / norm  # PyTorch divides by norm + 1e-6, the definition by the norm
+            parameter.grad *= (
+                norm + 1e-6
+            ) / norm  # PyTorch divides by norm + 1e-6, the definition by the norm
         self.optimizers[module].step()
 
 
@@ -231,7 +236,9 @@ def load(module: torch.nn.Module, arrays: dict[str, np.ndarray]) -> None:
     state = module.state_dict()
     if not any(name.startswith("text_model.") for name in state):  # transformers 5 names the text tower so
         arrays = {name.removeprefix("text_model."): array for name, array in arrays.items()}
-    named = {name: torch.tensor(np.asarray(arrays.pop(plain_name(name))), dtype=torch.float64) for name in state}
+    named = {
+        name: torch.tensor(np.asarray(arrays.pop(plain_name(name))), dtype=torch.float64) for name in state
+    }
     assert not arrays, sorted(arrays)
     module.load_state_dict(named)
 

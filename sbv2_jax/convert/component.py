@@ -41,6 +41,17 @@ def load_config(directory: str | Path) -> ModelConfig:
     return config
 
 
+def check_component(directory: str | Path) -> ModelConfig:
+    """Reads the configuration of a model directory and compares the headers of its weights with it.
+
+    Raises InputError as `load_component` does, before any tensor is read.
+    """
+    config = load_config(directory)
+    weights = open_weights(existing_directory(directory), _stem(config), variant=None)
+    _match(class_of(config), weights, network(config).shapes, str(directory))
+    return config
+
+
 def load_component(
     directory: str | Path, *, dtype: Any | None = None, variant: str | None = None
 ) -> Component:

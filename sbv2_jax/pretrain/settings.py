@@ -80,14 +80,14 @@ def default_config() -> ConfigDict:
     config.tokenizer.vocab_size = 2048  # bytes, their word ends, merges, and the two special tokens
     config.tokenizer.max_length = 32  # tokens of a prompt, start and end included
 
-    config.vae = _training(steps=4000, batch_size=16, lr=1e-3, ema=0.998)
+    config.vae = _training(steps=6000, batch_size=8, lr=1e-3, ema=0.998)
     config.vae.widths = (24, 48, 96, 128)
     config.vae.layers = 1
     config.vae.groups = 8
-    config.vae.kl = 1e-3  # weight of the mean KL divergence of a latent from the standard normal
+    config.vae.kl = 3e-4  # weight of the mean KL divergence of a latent from the standard normal
     config.vae.edges = 1.0  # weight of the differences between neighbours, beside the pixels'
 
-    config.vae_tiny = _training(steps=2500, batch_size=16, lr=1e-3, ema=0.998)
+    config.vae_tiny = _training(steps=4000, batch_size=8, lr=1e-3, ema=0.998)
     config.vae_tiny.width = 32
     config.vae_tiny.encoder_blocks = (1, 1, 1, 1)
     config.vae_tiny.decoder_blocks = (2, 2, 1, 1)
