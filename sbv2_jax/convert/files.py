@@ -120,3 +120,23 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write {directory}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Gives a path to write a file at, which becomes `path` in one rename if nothing fails.
+
+    Raises InputError where `path` exists or cannot be written; nothing is left behind then.
+    """
+    path = Path(os.path.abspath(path))
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists; nothing was written")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.rename(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Which configuration and which network a `config.json` names."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,10 @@ def build(config: ModelConfig, rngs: nnx.Rngs, *, remat: bool = False) -> nnx.Mo
     return _CLASSES[name][1](config, rngs, **options)
 
 
+@functools.cache
 def network(config: ModelConfig, *, remat: bool = False) -> Network:
-    """Returns the network of a configuration, without parameters; `remat` as in `build`."""
+    """Returns the network of a configuration, without parameters; `remat` as in `build`.
+
+    Kept: a network has no state, and tracing its shapes takes a second at the size of Stable Diffusion.
+    """
     return Network(lambda rngs: build(config, rngs, remat=remat))

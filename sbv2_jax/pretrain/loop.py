@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from ml_collections import ConfigDict
 
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.log import MetricsLog
 from sbv2_jax.tree import Params, lerp
+
+_LAST_OF_BRANCH = re.compile(r"(.*\.(conv2|conv\.4|proj_out|to_out\.0)|conv_out)\.kernel")
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
@@ -85,7 +87,7 @@ def train(stage: Stage, run: Run) -> dict[str, np.ndarray]:
     ) as checkpoints:
         state, start = _restored_or_new(stage, optimizer, checkpoints)
         if start < settings.steps:
-            logging.info("%s: steps %d to %d", stage.name, start, settings.steps)
+            print(f"{stage.name}: {settings.steps - start} of {settings.steps} steps to go", flush=True)
             state = _advance(stage, run, step, state, start, checkpoints)
     return {name: np.asarray(leaf) for name, leaf in state.ema.items()}
 
@@ -175,6 +177,18 @@ def make_step(
         ), metrics
 
     return step
+
+
+def quiet_branches(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns fresh parameters with zeros for the last layer of every residual branch and for the output.
+
+    Training then starts from nearly linear networks and is ahead from the first hundred steps on; so do
+    Nichol and Dhariwal (2021), in their code.
+    """
+    return {
+        name: np.zeros_like(leaf) if _LAST_OF_BRANCH.fullmatch(name) else leaf
+        for name, leaf in params.items()
+    }
 
 
 def digest(*values: str | Mapping[str, np.ndarray]) -> str:

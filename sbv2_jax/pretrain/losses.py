@@ -11,12 +11,13 @@ _SCALES = 3
 def picture_loss(images: jax.Array, targets: jax.Array, edges: float) -> jax.Array:
     """Returns how far pictures [B, H, W, 3] are from their targets, [B].
 
-    The mean absolute difference of the pixels plus `edges` times that of the differences between neighbours,
-    at full, half and quarter resolution: the second part punishes blur, which the first hardly sees in a
-    drawing that is mostly flat. It stands in for a perceptual network, of which a world of its own has none.
+    The mean absolute difference of the pixels, twice its mean square, and `edges` times the mean absolute
+    difference of neighbours' differences at full, half and quarter resolution. The square gets the colours of
+    flat areas right early, the last part punishes blur, which the others hardly see in a drawing that is mostly
+    flat: it stands in for a perceptual network, of which a world of its own has none.
     """
     error = images - targets
-    total = _mean(jnp.abs(error))
+    total = _mean(jnp.abs(error)) + 2.0 * _mean(jnp.square(error))
     for _ in range(_SCALES):
         across, down = jnp.diff(error, axis=2), jnp.diff(error, axis=1)
         total = total + edges / _SCALES * (_mean(jnp.abs(across)) + _mean(jnp.abs(down)))

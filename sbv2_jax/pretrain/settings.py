@@ -78,27 +78,27 @@ def default_config() -> ConfigDict:
 
     config.tokenizer = ConfigDict()
     config.tokenizer.vocab_size = 2048  # bytes, their word ends, merges, and the two special tokens
-    config.tokenizer.max_length = 32  # tokens of a prompt, start and end included
+    config.tokenizer.max_length = 24  # tokens of a prompt, start and end included; no caption has more
 
-    config.vae = _training(steps=6000, batch_size=8, lr=1e-3, ema=0.998)
-    config.vae.widths = (24, 48, 96, 128)
+    config.vae = _training(steps=8000, batch_size=8, lr=2e-3, ema=0.998)
+    config.vae.widths = (16, 32, 64, 128)
     config.vae.layers = 1
     config.vae.groups = 8
     config.vae.kl = 3e-4  # weight of the mean KL divergence of a latent from the standard normal
-    config.vae.edges = 1.0  # weight of the differences between neighbours, beside the pixels'
+    config.vae.edges = 0.5  # weight of the differences between neighbours, beside the pixels'
 
     config.vae_tiny = _training(steps=4000, batch_size=8, lr=1e-3, ema=0.998)
     config.vae_tiny.width = 32
     config.vae_tiny.encoder_blocks = (1, 1, 1, 1)
     config.vae_tiny.decoder_blocks = (2, 2, 1, 1)
-    config.vae_tiny.edges = 1.0
+    config.vae_tiny.edges = 0.5
 
     # The CLIP whose text tower conditions the UNet; the other is for the clamped loss.
-    config.text_encoder = _training(steps=3000, batch_size=128, lr=1e-3, ema=0.998, weight_decay=0.05)
+    config.text_encoder = _training(steps=3000, batch_size=64, lr=1e-3, ema=0.998, weight_decay=0.05)
     config.text_encoder.update(text_width=160, text_layers=4, text_heads=4, projection=128, twins=2)
     config.text_encoder.update(vision_width=192, vision_layers=4, vision_heads=4, patch=16)
 
-    config.clip = _training(steps=3000, batch_size=128, lr=1e-3, ema=0.998, weight_decay=0.05)
+    config.clip = _training(steps=2500, batch_size=96, lr=1e-3, ema=0.998, weight_decay=0.05)
     config.clip.update(text_width=128, text_layers=3, text_heads=2, projection=96, twins=4)
     config.clip.update(vision_width=128, vision_layers=4, vision_heads=4, patch=8)
 
@@ -121,7 +121,7 @@ def _training(
     lr: float,
     ema: float,
     weight_decay: float = 0.0,
-    checkpoint_every: int = 200,
+    checkpoint_every: int = 250,
 ) -> ConfigDict:
     """Returns the fields that every trained stage has, unlocked."""
     group = ConfigDict()

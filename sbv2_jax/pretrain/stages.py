@@ -14,7 +14,7 @@ from sbv2_jax.data.render import RESOLUTION
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.registry import network
 from sbv2_jax.pretrain import clip, grids, unet, vae
-from sbv2_jax.pretrain.loop import Run, Stage, digest, train
+from sbv2_jax.pretrain.loop import Run, Stage, digest, quiet_branches, train
 from sbv2_jax.pretrain.pictures import in_batches, to_float, to_uint8
 from sbv2_jax.pretrain.world import World, validation_pictures
 from sbv2_jax.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Stages:
             Stage(
                 name="vae",
                 loss=vae.vae_loss(net, settings),
-                init=lambda: net.init(self.config.seed),
+                init=lambda: quiet_branches(net.init(self.config.seed)),
                 inputs={"pictures": self.world.pictures},
                 settings=settings,
                 preview=preview,
@@ -95,7 +95,7 @@ class Stages:
             Stage(
                 name="vae_tiny",
                 loss=vae.tiny_loss(net, settings),
-                init=lambda: net.init(self.config.seed + 1),
+                init=lambda: quiet_branches(net.init(self.config.seed + 1)),
                 inputs={"pictures": self.world.pictures, "latents": self._scaled_latents()},
                 settings=settings,
                 preview=preview,
@@ -144,7 +144,7 @@ class Stages:
             Stage(
                 name="unet",
                 loss=unet.unet_loss(net, tower, settings),
-                init=lambda: unet.initial(net, self.config.seed + 4),
+                init=lambda: quiet_branches(net.init(self.config.seed + 4)),
                 inputs={"latents": latents, "ids": self._ids, "null": null, "text": text.params},
                 settings=settings,
                 preview=self._write_unet_grid,

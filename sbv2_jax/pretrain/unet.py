@@ -1,7 +1,6 @@
 """The UNet of the world: v prediction on cached latents, conditioned by the CLIP's text tower."""
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +32,6 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
 }
 SCHEDULE = make_schedule(ScheduleConfig.from_dict(SCHEDULER))
-# The last layer of every residual branch, which starts at zero (Nichol and Dhariwal, 2021, their code).
-_LAST = re.compile(r".*(\.conv2|\.proj_out|conv_out)\.kernel")
 
 
 def unet_config(settings: ConfigDict, context_width: int, sample_size: int) -> UNetConfig:
@@ -54,14 +51,6 @@ def unet_config(settings: ConfigDict, context_width: int, sample_size: int) -> U
         cross_attention_dim=context_width,
         use_linear_projection=True,
     )
-
-
-def initial(network: Network, seed: int) -> dict[str, np.ndarray]:
-    """Returns fresh parameters under which every residual branch, and the output, is zero."""
-    return {
-        name: np.zeros_like(leaf) if _LAST.fullmatch(name) else leaf
-        for name, leaf in network.init(seed).items()
-    }
 
 
 def unet_loss(network: Network, text: Network, settings: ConfigDict) -> Loss:

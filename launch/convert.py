@@ -1,0 +1,80 @@
+"""Converts checkpoints: out of a run into diffusers, to and from LoRA files, and one with another.
+
+python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=student|ema] [--base=TEACHER]
+python launch/convert.py lora --run=RUN --out=FILE.safetensors [--step=N] [--which=student|ema|score]
+python launch/convert.py fuse --model=DIR --lora=FILE.safetensors --out=DIR [--alpha=A]
+python launch/convert.py merge --model=DIR --weight=0.5 --model=DIR --weight=0.5 --out=DIR
+python launch/convert.py extract-lora --model=DIR --base=DIR --rank=R --out=FILE.safetensors
+python launch/convert.py inspect --model=DIR_OR_FILE [--other=DIR_OR_FILE]
+"""
+
+from absl import flags
+
+from sbv2_jax import cli
+from sbv2_jax.errors import InputError
+
+_RUN = flags.DEFINE_string("run", None, "The directory of a run of launch/train.py.")
+_STEP = flags.DEFINE_integer("step", None, "A step of the run; without it the newest that verifies.")
+_WHICH = flags.DEFINE_enum("which", None, ("student", "ema", "score"), "What of the run to take.")
+_MODEL = flags.DEFINE_multi_string(
+    "model", None, "A pipeline or UNet directory, or a hub id; merge: several."
+)
+_BASE = flags.DEFINE_string("base", None, "The teacher, where it moved; what a LoRA is extracted against.")
+_OTHER = flags.DEFINE_string("other", None, "A second model to compare with.")
+_WEIGHT = flags.DEFINE_multi_float("weight", None, "The weight of each model of a merge; they sum to 1.")
+_LORA = flags.DEFINE_string("lora", None, "A LoRA file to fuse.")
+_ALPHA = flags.DEFINE_float("alpha", None, "The alpha of a LoRA file that does not say it.")
+_RANK = flags.DEFINE_integer("rank", None, "The rank of the extracted LoRA.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "The directory or file to write; nothing is overwritten.")
+
+# The flags that each command needs, and those that it may have.
+_COMMANDS = {
+    "to-diffusers": (("run", "out"), ("step", "which", "base")),
+    "lora": (("run", "out"), ("step", "which")),
+    "fuse": (("model", "lora", "out"), ("alpha",)),
+    "merge": (("model", "weight", "out"), ()),
+    "extract-lora": (("model", "base", "rank", "out"), ()),
+    "inspect": (("model",), ("other",)),
+}
+
+
+def main(command: str) -> None:
+    _check_flags(command)
+    # jax is loaded only once the flags are right
+    from sbv2_jax import export
+    from sbv2_jax.convert import extract, listing, lora_files, merge
+
+    model = _MODEL.value[0] if _MODEL.value else None
+    if command == "to-diffusers":
+        step = export.export_checkpoint(
+            _RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value, base=_BASE.value
+        )
+        print(f"wrote {_OUT.value} from step {step}")
+    elif command == "lora":
+        step = export.export_lora(_RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value or "student")
+        print(f"wrote {_OUT.value} from step {step}")
+    elif command == "fuse":
+        lora_files.fuse_file(model, _LORA.value, _OUT.value, _ALPHA.value)
+    elif command == "merge":
+        merge.merge_models(_MODEL.value, _WEIGHT.value, _OUT.value)
+    elif command == "extract-lora":
+        print(extract.summary(extract.extract_file(model, _BASE.value, _RANK.value, _OUT.value)))
+    else:
+        for line in listing.report(model, _OTHER.value):
+            print(line)
+
+
+def _check_flags(command: str) -> None:
+    needed, allowed = _COMMANDS[command]
+    every = {name for names in _COMMANDS.values() for name in (*names[0], *names[1])}
+    given = {name for name in every if flags.FLAGS[name].value is not None}
+    if missing := [f"--{name}" for name in needed if name not in given]:
+        raise InputError(f"{command} needs {', '.join(missing)} (see --help)")
+    if stray := [f"--{name}" for name in sorted(given - {*needed, *allowed})]:
+        raise InputError(f"{command} does not take {', '.join(stray)}")
+    if command != "merge" and len(_MODEL.value or []) > 1:
+        raise InputError(f"{command} takes one --model")
+
+
+if __name__ == "__main__":
+    cli.run(main, commands=tuple(_COMMANDS))

@@ -1,0 +1,83 @@
+"""Weighted sums of UNets, as SwiftBrush v2 joins its two trainings."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from sbv2_jax.convert.pipeline import read_schedule
+from sbv2_jax.convert.resolve import resolve
+from sbv2_jax.convert.unets import load_unet, require_alike, save_like
+from sbv2_jax.errors import InputError
+from sbv2_jax.schedule import ScheduleConfig
+
+# A UNet may be used at another size than it was made for.
+_MAY_DIFFER = ("sample_size", "upcast_attention")
+_SCHEDULE = (
+    "prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"
+)  # fmt: skip
+
+
+def weighted_sum(
+    params: Sequence[Mapping[str, np.ndarray]], weights: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """Returns sum_i weights_i * params_i, added in float32 from the left, in the widest of the inputs' types.
+
+    Source: SwiftBrush v2 (Dao et al., 2024), lam * theta_full + (1 - lam) * theta_lora.
+    """
+    merged = {}
+    for name, first in params[0].items():
+        total = np.zeros(first.shape, np.float32)
+        for one, weight in zip(params, weights, strict=True):
+            total = total + np.float32(weight) * one[name].astype(np.float32)
+        dtype = first.dtype
+        for one in params[1:]:
+            dtype = jnp.promote_types(dtype, one[name].dtype)
+        merged[name] = total.astype(dtype)
+    return merged
+
+
+def merge_models(models: Sequence[str | Path], weights: Sequence[float], out: str | Path) -> None:
+    """Writes the first model with the weighted sum of the UNets of all; each is a pipeline or a bare UNet.
+
+    Raises InputError for weights that do not sum to 1, and, listing every difference, for UNets of other shapes
+    or settings and for pipelines of other noise schedules; nothing is written then.
+    """
+    if len(models) < 2 or len(models) != len(weights):
+        raise InputError(
+            f"a merge takes two models or more and one weight for each: {len(models)} and {len(weights)}"
+        )
+    if not abs(math.fsum(weights) - 1) <= 1e-6:
+        raise InputError(f"the weights {', '.join(f'{one:g}' for one in weights)} do not sum to 1")
+    first, *others = unets = [load_unet(model) for model in models]
+    for model, other in zip(models[1:], others, strict=True):
+        require_alike(first, other, str(models[0]), str(model))
+        _require_equal(_settings(first.config), _settings(other.config), f"{model} and {models[0]}")
+    schedules = [
+        _schedule(read_schedule(directory))
+        for directory in map(resolve, models)
+        if (directory / "model_index.json").exists()
+    ]
+    for schedule in schedules[1:]:
+        _require_equal(schedules[0], schedule, "the pipelines' schedules")
+    save_like(out, models[0], weighted_sum([unet.params for unet in unets], weights))
+
+
+def _settings(config: object) -> dict[str, object]:
+    values = dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if name not in _MAY_DIFFER}
+
+
+def _schedule(config: ScheduleConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in _SCHEDULE}
+
+
+def _require_equal(first: Mapping[str, object], other: Mapping[str, object], what: str) -> None:
+    differ = [
+        f"{name} is {first[name]!r} and {other[name]!r}" for name in first if first[name] != other[name]
+    ]
+    if differ:
+        raise InputError(f"{what} differ: {'; '.join(differ)}")

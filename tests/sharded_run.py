@@ -1,0 +1,117 @@
+"""Two training steps over meshes of eight devices, for `test_sharded_step.py`: JSON in, one line of JSON out."""
+
+import dataclasses
+import json
+import sys
+
+import conftest  # noqa: F401  (its settings of JAX)
+import jax
+import numpy as np
+import optax
+import tiny_world
+from jax.sharding import Mesh
+
+from sbv2_jax import sharding, steps
+from sbv2_jax.state import TrainState
+from sbv2_jax.tree import leaf_names
+
+SMALLEST_SPLIT = 512  # the networks here are small
+UNET = tiny_world.UNET | {
+    "block_out_channels": [16],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "mid_block_type": None,
+}
+
+
+class Sharded:
+    """One world, whose steps run over any mesh from the same initial state on the host."""
+
+    def __init__(self):
+        self.world = tiny_world.make_world({"batch_size": 16}, unet=UNET)
+        # Adam with an eps of the gradients' size: with 1e-8 rounding would decide the sign of the smallest.
+        self.optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-3))
+        state = self.world.init(student_optimizer=self.optimizer, score_optimizer=self.optimizer)
+        self.initial = jax.device_get(state)
+
+    def run(self, mesh: Mesh, *, accumulate: int = 1, runs: int = 1) -> list[tuple]:
+        """Returns, of each run, the state and the metrics after two steps, and the batch as it was placed."""
+        world = self.world
+        objective = dataclasses.replace(world.run.objective, accumulate=accumulate)
+        constrain = sharding.constrain_batch(mesh)
+        placement = (
+            sharding.shardings(self.initial, mesh),
+            sharding.shardings(world.frozen, mesh),
+            sharding.batch_sharding(mesh),
+        )
+        step = tiny_world.fast_jit(
+            steps.make_train_step(world.run.models, objective, self.optimizer, self.optimizer, constrain),
+            in_shardings=placement,
+            out_shardings=(placement[0], None),
+            donate_argnums=0,
+        )
+        results = []
+        for _ in range(runs):
+            arguments = zip((self.initial, world.frozen, world.batch), placement, strict=True)
+            state, frozen, batch = (jax.device_put(*pair) for pair in arguments)
+            for _ in range(2):
+                state, metrics = step(state, frozen, batch)
+            results.append((state, jax.device_get(metrics), batch))
+        return results
+
+    def moved(self, state: TrainState, mesh: Mesh) -> list[str]:
+        """Returns the leaves of the state that are not where they were planned to be."""
+        planned = jax.tree.leaves(sharding.shardings(self.initial, mesh))
+        leaves = zip(leaf_names(state), jax.tree.leaves(state), planned, strict=True)
+        return [name for name, leaf, plan in leaves if not leaf.sharding.is_equivalent_to(plan, leaf.ndim)]
+
+
+def errors(state: TrainState, metrics: dict, want: TrainState, want_metrics: dict) -> dict[str, float]:
+    """Returns the largest error of a part of the state, against the largest value of its tensor."""
+    worst = {}
+    for name in ("student", "ema", "score", "student_opt", "score_opt"):
+        pairs = zip(*(jax.tree.leaves(getattr(side, name)) for side in (state, want)), strict=True)
+        worst[name] = max(float(np.abs(np.float64(a) - b).max() / np.abs(b).max()) for a, b in pairs)
+    names = want_metrics.keys() - {"skipped"}
+    worst["metrics"] = max(abs(float(metrics[n]) / float(want_metrics[n]) - 1) for n in names)
+    return worst
+
+
+def held(state: TrainState) -> dict[str, float]:
+    """Returns the share of the state that one device holds: of the leaves that can be split, and the others."""
+    sizes = {"large": [0, 0], "small": [0, 0]}
+    for leaf in jax.tree.leaves(state):
+        large = leaf.size >= SMALLEST_SPLIT and any(length % 8 == 0 for length in leaf.shape)
+        for i, size in enumerate((leaf.addressable_shards[0].data.size, leaf.size)):
+            sizes["large" if large else "small"][i] += size
+    return {kind: part / whole for kind, (part, whole) in sizes.items()}
+
+
+def main(meshes: list[str], shapes: dict[str, list[int]]) -> None:
+    abstract = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    grids = {name: sharding.make_mesh(*map(int, name.split("x"))) for name in meshes}
+    out = {name: {} for name in ("errors", "moved", "again", "specs", "batch", "held")}
+    for name, mesh in grids.items():
+        planned = sharding.shardings(abstract, mesh)
+        out["specs"][name] = {leaf: list(plan.spec) for leaf, plan in planned.items()}
+
+    sharding.SMALLEST_SPLIT = SMALLEST_SPLIT
+    sharded = Sharded()
+    [(want, want_metrics, _)] = sharded.run(sharding.make_mesh(1, 1, jax.devices()[:1]))
+    for name, mesh in grids.items():
+        results = sharded.run(mesh, accumulate=2 if name == "2x4" else 1, runs=2)
+        state, metrics, batch = results[0]
+        assert metrics["skipped"] == 0
+        out["errors"][name] = errors(state, metrics, want, want_metrics)
+        pairs = zip(*(jax.tree.leaves(result[0]) for result in results), strict=True)
+        out["again"][name] = all(np.array_equal(a, b) for a, b in pairs)
+        out["moved"][name] = sharded.moved(state, mesh)
+        out["held"][name] = held(state)
+        ids = batch.input_ids
+        shard = ids.addressable_shards[0].data.shape[0]
+        out["batch"][name] = {"spec": list(ids.sharding.spec), "shard": shard}
+    print(json.dumps(out | {"batch_size": sharded.world.config.batch_size}))
+
+
+if __name__ == "__main__":
+    main(**json.load(sys.stdin))

@@ -1,0 +1,292 @@
+"""The conversions of a run's checkpoints, through the command and the functions beneath it."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from safetensors.numpy import load_file, save_file
+from tiny_pipeline import write_pipeline
+
+from sbv2_jax import lora
+from sbv2_jax.assemble import assemble
+from sbv2_jax.checkpoint import Checkpoints
+from sbv2_jax.config import default_config
+from sbv2_jax.convert import listing
+from sbv2_jax.convert.component import load_component
+from sbv2_jax.convert.lora_files import fuse, read_lora
+from sbv2_jax.errors import InputError
+from sbv2_jax.export import export_checkpoint, export_lora, export_student
+from sbv2_jax.parts import read_parts
+from sbv2_jax.state import TrainState
+
+ROOT = Path(__file__).parent.parent
+STEP = 4
+
+
+class Made(NamedTuple):
+    """A run's directory, with checkpoints and the export of the newest one, and what was saved in it."""
+
+    directory: Path
+    state: TrainState
+
+
+def make_run(world: Path, name: str, **changes: object) -> Made:
+    """Makes what a run would leave behind, with random arrays in place of trained ones."""
+    config = default_config()
+    config.teacher = str(world / "pipeline")
+    config.score.update(rank=2, alpha=3.0)
+    config.student.lora.update(rank=4, alpha=8.0)
+    config.update_from_flattened_dict(changes)
+    run = assemble(config, read_parts(config))
+    rng = np.random.default_rng(len(name))
+
+    def draw(shapes: dict) -> dict:
+        return {
+            name: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32) for name, leaf in shapes.items()
+        }
+
+    shapes = run.state_shapes
+    state = TrainState(
+        step=np.int32(STEP),
+        key=np.zeros(2, np.uint32),
+        student=draw(shapes.student),
+        student_opt=(),
+        ema=draw(shapes.ema),
+        score=draw(shapes.score),
+        score_opt=(),
+    )
+    directory = world / name
+    with Checkpoints(directory / "checkpoints", keep=3, config=config.to_dict()) as checkpoints:
+        if config.ema:
+            checkpoints.save(STEP - 1, jax.tree.map(np.zeros_like, state))
+        checkpoints.save(STEP, state)
+    export_student(run, state, directory / "export")
+    return Made(directory, state)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("world")
+    write_pipeline(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def full(world) -> Made:
+    """All weights trained, with an average."""
+    return make_run(world, "full")
+
+
+@pytest.fixture(scope="module")
+def low(world) -> Made:
+    """A LoRA trained with the CLIP loss, without an average."""
+    clip = {"clip.model": str(world / "pipeline"), "clip.weight": 0.1}
+    return make_run(world, "low", **clip, **{"student.mode": "lora", "ema": 0.0})
+
+
+def command(*arguments: object) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "launch/convert.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def convert():
+    """The script's main in this process: `convert(command, FLAG=value)`."""
+    before = set(flags.FLAGS)
+    spec = importlib.util.spec_from_file_location("convert_script", ROOT / "launch" / "convert.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    flags.FLAGS.mark_as_parsed()
+
+    def call(command: str, **values: object) -> None:
+        with flagsaver.flagsaver(
+            **{name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        ):
+            script.main(command)
+
+    yield call
+    flags.FLAGS.remove_flag_values({name: flags.FLAGS[name] for name in set(flags.FLAGS) - before})
+
+
+def same_tensors(ours: Path, theirs: Path) -> bool:
+    return not listing.differences(listing.tensors(ours), listing.tensors(theirs))
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def test_to_diffusers_is_the_export_byte_for_byte(full, tmp_path):
+    code, out, err = command("to-diffusers", f"--run={full.directory}", f"--out={tmp_path / 'full'}")
+    assert code == 0, err
+    assert out == f"wrote {tmp_path / 'full'} from step {STEP}\n"
+    assert files_of(tmp_path / "full") == files_of(full.directory / "export")
+
+
+def test_student_and_average_are_told_apart(full, tmp_path):
+    for which, trained in (("student", full.state.student), ("ema", full.state.ema)):
+        export_checkpoint(full.directory, tmp_path / which, which=which)
+        got = load_component(tmp_path / which / "unet").params
+        assert all(np.array_equal(got[name], trained[name]) for name in trained)
+
+
+def test_a_teacher_that_moved_is_named_by_base(world, low, tmp_path):
+    shutil.copytree(low.directory / "checkpoints", tmp_path / "run" / "checkpoints")
+    shutil.copytree(world / "pipeline", tmp_path / "moved")
+    hidden = (world / "pipeline").rename(world / "elsewhere")
+    try:
+        with pytest.raises(InputError, match="pipeline does not exist"):
+            export_checkpoint(tmp_path / "run", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        export_checkpoint(tmp_path / "run", tmp_path / "out", base=str(tmp_path / "moved"))
+    finally:
+        hidden.rename(world / "pipeline")
+    assert files_of(tmp_path / "out") == files_of(low.directory / "export")
+
+
+def test_the_students_lora_fused_is_the_export(convert, world, low, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    convert("lora", run=low.directory, out=file)
+    update = read_lora(file)
+    assert set(update.alphas.values()) == {8.0} and set(update.scales.values()) == {2.0}
+    assert update.factors.keys() == low.state.student.keys()
+    convert("fuse", model=[str(world / "pipeline")], lora=file, out=tmp_path / "fused")
+    assert same_tensors(tmp_path / "fused", low.directory / "export")
+
+
+def test_the_scores_lora_has_its_own_layers_rank_and_alpha(convert, full, world, tmp_path, capsys):
+    file = tmp_path / "score.safetensors"
+    convert("lora", run=full.directory, which="score", out=file)
+    assert capsys.readouterr().out == f"wrote {file} from step {STEP}\n"
+    update = read_lora(file)
+    assert set(update.scales.values()) == {3.0 / 2}
+    for name, leaf in full.state.score.items():
+        np.testing.assert_array_equal(update.factors[name], leaf)
+    base = load_component(world / "pipeline" / "unet").params
+    want = lora.merge(base, full.state.score, 1.5)
+    got = fuse(base, update)
+    assert all(np.array_equal(got[name], want[name]) for name in want)
+
+
+def test_merge_and_extract_lora_reach_their_functions(convert, world, full, tmp_path, capsys):
+    trained, base = str(full.directory / "export" / "unet"), str(world / "pipeline" / "unet")
+    convert("merge", model=[trained, base], weight=[0.25, 0.75], out=tmp_path / "merged")
+    got, ours, theirs = (load_component(path).params for path in (tmp_path / "merged", trained, base))
+    name = "conv_in.kernel"
+    want = np.float32(0.25) * ours[name] + np.float32(0.75) * theirs[name]
+    np.testing.assert_array_equal(got[name], want)
+    convert("extract-lora", model=[trained], base=base, rank=2, out=tmp_path / "lora.safetensors")
+    assert capsys.readouterr().out.startswith("rank 2 in ")
+    assert set(read_lora(tmp_path / "lora.safetensors").alphas.values()) == {2.0}
+
+
+def test_inspect_tells_every_tensor_and_every_difference(convert, world, full, tmp_path, capsys):
+    unet = world / "pipeline" / "unet"
+    convert("inspect", model=[str(unet)])
+    out = capsys.readouterr().out
+    tensors = load_file(unet / "diffusion_pytorch_model.safetensors")
+    want = [
+        f"{name} F32 {list(array.shape)} {array.nbytes} {hashlib.sha256(array.tobytes()).hexdigest()}"
+        for name, array in sorted(tensors.items())
+    ]
+    total = sum(array.nbytes for array in tensors.values())
+    assert out.splitlines() == [*want, f"{len(tensors)} tensors, {total} bytes"]
+
+    count = len(listing.tensors(world / "pipeline"))
+    *lines, last = listing.report(world / "pipeline", full.directory / "export")
+    assert lines == [f"unet.{name}: other values" for name in sorted(tensors)]
+    assert last == f"{len(tensors)} of {count} tensors differ"
+
+    shutil.copytree(unet, tmp_path / "unet")
+    path = tmp_path / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_per_block": 2}))  # not compared
+    assert list(listing.report(unet, tmp_path / "unet")) == [f"0 of {len(tensors)} tensors differ"]
+
+
+def test_differences_of_names_shapes_and_types(tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    same, empty = np.arange(6, dtype=np.int64), np.zeros((0, 3), np.float32)
+    save_file({"same": same, "empty": empty, "x": np.ones(2, np.float32), "mine": np.ones(1)}, a)
+    save_file({"same": same, "empty": empty, "x": np.ones((2, 1), np.float16), "yours": np.ones(1)}, b)
+    assert list(listing.report(a, b)) == [
+        "mine: only in the first",
+        "x: F32 (2,) and F16 (2, 1)",
+        "yours: only in the second",
+        "3 of 5 tensors differ",
+    ]
+    assert listing.tensors(a)["same"].sha256 == hashlib.sha256(same.tobytes()).hexdigest()
+    assert listing.tensors(a)["empty"].nbytes == 0
+
+
+COMMANDS = {
+    "no command": ((), "one command is expected: to-diffusers, lora"),
+    "misspelt command": (("to-difusers",), "did you mean to-diffusers?"),
+    "missing flags": (("fuse", "--model={}/pipeline"), "fuse needs --lora, --out"),
+    "stray flag": (("inspect", "--model={}/pipeline", "--rank=2"), "inspect does not take --rank"),
+    "no such choice": (("lora", "--run={}/low", "--out={}/x", "--which=teacher"), "--which=teacher"),
+    "no such run": (("to-diffusers", "--run={}/none", "--out={}/x"), "no checkpoint in"),
+}
+
+
+def test_the_command_refuses_with_one_line_and_exit_code_2(world):
+    with ThreadPoolExecutor(4) as pool:
+        calls = [[part.format(world) for part in arguments] for arguments, _ in COMMANDS.values()]
+        results = list(pool.map(lambda arguments: command(*arguments), calls))
+    for (code, out, err), (case, (_, message)) in zip(results, COMMANDS.items(), strict=True):
+        assert code == 2 and not out, (case, err)
+        assert err.startswith("error: ") and err.count("\n") == 1 and message in err, (case, err)
+    assert not (world / "x").exists()
+
+
+def test_what_a_run_cannot_give_is_refused_and_nothing_is_written(convert, full, low, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="inspect takes one --model"):
+        convert("inspect", model=["a", "b"])
+    with pytest.raises(InputError, match="trains all weights of its student"):
+        export_lora(full.directory, out)
+    with pytest.raises(InputError, match=r"holds no leaf ema\.\*"):
+        export_checkpoint(low.directory, out, which="ema")
+    with pytest.raises(InputError, match="--which=score is no student"):
+        export_checkpoint(low.directory, out, which="score")
+    with pytest.raises(InputError, match="no checkpoint of step 9 .* stored: 4"):
+        export_checkpoint(low.directory, out, step=9)
+    with Checkpoints(tmp_path / "other" / "checkpoints", keep=1, config={"steps": 2}) as checkpoints:
+        checkpoints.save(1, {"student": {"x": np.ones(2, np.float32)}, "step": np.int32(1)})
+    with pytest.raises(InputError, match="not of a distillation: its config lacks teacher"):
+        export_checkpoint(tmp_path / "other", out)
+    assert not out.exists()
+    (out / "sub").mkdir(parents=True)
+    with pytest.raises(InputError, match="is not empty; nothing was written"):
+        export_checkpoint(low.directory, out)
+
+
+def test_a_damaged_step_is_refused_and_without_a_step_passed_over(full, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(full.directory / "checkpoints", run / "checkpoints")
+    path = run / "checkpoints" / str(STEP) / "manifest.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(InputError, match=f"{STEP} cannot be used"):
+        export_checkpoint(run, tmp_path / "out", step=STEP)
+    assert export_checkpoint(run, tmp_path / "out") == STEP - 1
+    assert not any(leaf.any() for leaf in load_component(tmp_path / "out" / "unet").params.values())

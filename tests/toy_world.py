@@ -1,0 +1,103 @@
+"""Networks of a few parameters each, to try the rules of a step on programs that compile at once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tiny_world import fast_jit
+
+from sbv2_jax import lora, steps
+from sbv2_jax.models.clip import TextOutput
+from sbv2_jax.models.layers import Embed, Linear
+from sbv2_jax.models.network import Network
+from sbv2_jax.schedule import ScheduleConfig, make_schedule
+from sbv2_jax.state import Frozen, TrainState, init_state
+from sbv2_jax.tree import cast
+
+BATCH, LATENTS, VOCABULARY = 8, (2, 2, 3), 12
+
+
+class Text(nnx.Module):
+    """A table of vectors in place of a text tower."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.table = Embed(VOCABULARY, 4, rngs)
+
+    def __call__(self, input_ids: jax.Array) -> TextOutput:
+        states = self.table(input_ids)
+        return TextOutput(states, states[:, 0])
+
+
+class Denoiser(nnx.Module):
+    """Two dense layers over latents, time and text in place of a UNet."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.to_q = Linear(3, 6, rngs=rngs)
+        self.text = Linear(4, 6, rngs=rngs)
+        self.time = Linear(1, 6, rngs=rngs)
+        self.out = Linear(6, 3, rngs=rngs)
+
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, context: jax.Array) -> jax.Array:
+        time = self.time((timesteps[:, None] / 1000).astype(latents.dtype))
+        hidden = self.to_q(latents) + (self.text(context.mean(1)) + time)[:, None, None]
+        return self.out(jnp.tanh(hidden))
+
+
+class Toy:
+    """A run of toy networks with the CLIP loss; `changes` are fields of its `Objective`."""
+
+    def __init__(self, dtype: jnp.dtype = jnp.float32, **changes):
+        text, student = Network(Text), Network(Denoiser)
+        score = Network(lambda rngs: lora.attach(Denoiser(rngs), "to_q", 2, rngs))
+        rng = np.random.default_rng(0)
+
+        def params(network: Network) -> dict[str, jax.Array]:
+            return {
+                name: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / 2)
+                for name, leaf in network.shapes.items()
+            }
+
+        schedule = make_schedule(ScheduleConfig(prediction_type="v_prediction"))
+        teacher, self.score = lora.split(params(score))
+        self.student = params(student)
+        picture, word = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((12, 5), (4, 5)))
+        self.models = steps.Models(
+            student=student,
+            student_schedule=schedule,
+            score=score,
+            score_schedule=schedule,
+            text_encoder=text,
+            decode=lambda p, x: jnp.tanh(p["gain"] * x),
+            clip_image=lambda p, x: x.reshape(x.shape[0], -1) @ p["picture"],
+            clip_text=lambda p, ids: p["table"][ids[:, 0]] @ p["word"],
+        )
+        text_params = params(text)
+        frozen = Frozen(
+            teacher=teacher,
+            student={},
+            text_encoder=text_params,
+            null_context=text_params["table.embedding"][np.zeros(3, np.int32)],
+            decoder={"gain": jnp.float32(0.8)},
+            clip={"picture": picture, "word": word, "table": params(text)["table.embedding"]},
+        )
+        self.frozen = cast(frozen, dtype)
+        ids, clip_ids = (rng.integers(1, VOCABULARY - 1, (BATCH, 3)).astype(np.int32) for _ in range(2))
+        self.batch = steps.Batch(ids, clip_ids)
+        self.objective = steps.Objective(
+            **{"steps": 20, "latent_shape": LATENTS, "compute_dtype": dtype, "clip_weight": 0.5} | changes
+        )
+        self.optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-4))
+
+    def init(self, seed: int = 0, ema: bool = True) -> TrainState:
+        copies = jax.tree.map(jnp.copy, (self.student, self.score))
+        return init_state(seed, *copies, self.optimizer, self.optimizer, ema)
+
+    def train_step(self, jit: dict | None = None, **changes):
+        """Returns the jitted step, with these fields of the objective changed and arguments for `jax.jit`."""
+        objective = dataclasses.replace(self.objective, **changes)
+        return fast_jit(
+            steps.make_train_step(self.models, objective, self.optimizer, self.optimizer), **(jit or {})
+        )
