@@ -10,6 +10,7 @@ TEST = [
     "hypothesis>=6.100",
     "peft>=0.17",
     "pytest>=8.0",
+    "pytest-xdist>=3.6",
     "ruff>=0.8",
     "torch==2.13.0",
     "torchmetrics>=1.9",

@@ -193,13 +193,22 @@ def test_one_prompt_that_gives_nan_leaves_the_state_and_the_next_batch_goes_on(t
     assert np.any(going_on.student["out.kernel"] != after.student["out.kernel"])
 
 
-def test_an_overflow_of_the_score_model_alone_skips_the_student_as_well(toy, plain_step):
+@pytest.mark.parametrize("where", ["loss/clip", "loss/score", "grad_norm/student"])
+def test_any_one_number_that_is_not_finite_skips_both_updates(toy, where):
+    frozen, changes = toy.frozen, {}
+    if where == "loss/clip":
+        frozen = dataclasses.replace(frozen, clip=frozen.clip | {"word": frozen.clip["word"] * np.nan})
+    elif where == "loss/score":  # without guidance, only score updates see the null prompt
+        frozen = dataclasses.replace(frozen, null_context=frozen.null_context * np.nan)
+        changes = {"guidance": 1.0, "score_guidance": 1.0, "null_prompt_probability": 0.5}
+    else:  # finite losses, but the gradient's square overflows
+        changes = {"vsd_weight": 1e30}
     before = toy.init()
-    huge = before.score | {"to_q.lora.up.kernel": before.score["to_q.lora.up.kernel"] * np.inf}
-    before = dataclasses.replace(before, score=huge)
-    after, metrics = plain_step(before, toy.frozen, toy.batch)
+    after, metrics = toy.train_step(**changes)(before, frozen, toy.batch)
+    others = metrics.keys() - {where, "skipped", "grad_norm/student", "grad_norm/score", "clip/cosine"}
+    assert not np.isfinite(metrics[where]) and all(np.isfinite(metrics[name]) for name in others)
     assert metrics["skipped"] == 1.0
-    assert_same(after.student, before.student)
+    assert_same(dataclasses.replace(after, step=before.step), before)
 
 
 def test_bfloat16_networks_keep_float32_masters_and_losses(toy, plain_step):
