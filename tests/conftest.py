@@ -30,7 +30,7 @@ _FIGURES: dict[str, float] = {}
 def measured(error: float) -> float:
     """Notes an error for the table of `pytest --figures`, the largest of each test, and returns it."""
     test = os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)")
-    _FIGURES[test] = max(error, _FIGURES.get(test, 0.0))
+    _FIGURES[test] = max(float(error), _FIGURES.get(test, 0.0))
     return error
 
 
