@@ -52,7 +52,7 @@ def generate(
     guidance: float = 1.0,
     sampler: str = "dpm",
 ) -> jax.Array:
-    """Returns pictures, float32 [B, H, W, 3] in [0, 1], from token ids [B, S] and noise [B, h, w, 4].
+    """Returns pictures, float32 [B, H, W, 3] in [0, 1], from token ids [B, S] and noise [B, h, w, c].
 
     One step predicts x0 at the last timestep, as a distilled student does; more integrate with "ddim" or
     "dpm" (`samplers.sample`). `null_ids` [S] is the empty prompt, read where `guidance` is not 1.
@@ -78,14 +78,14 @@ def generate(
 
 
 def decode(generator: Generator, vae: Params, latents: jax.Array) -> jax.Array:
-    """Returns pictures, float32 [B, H, W, 3] in [0, 1], of scaled latents [B, h, w, 4]."""
+    """Returns pictures, float32 [B, H, W, 3] in [0, 1], of scaled latents [B, h, w, c]."""
     latents = (latents / generator.scaling_factor).astype(vae["decoder.conv_in.kernel"].dtype)
     images = generator.vae.apply(vae, latents, method="decode").astype(jnp.float32)
     return jnp.clip(images * 0.5 + 0.5, 0.0, 1.0)
 
 
 def initial_noise(seed: int, indices: Sequence[int], latent_shape: tuple[int, ...]) -> jax.Array:
-    """Returns standard normal noise [len(indices), h, w, 4], each sample's from the seed and its index alone."""
+    """Returns standard normal noise [len(indices), h, w, c], each sample's from the seed and its index alone."""
     root = jax.random.key(seed)
     keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(jnp.asarray(indices, jnp.uint32))
     return jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
@@ -119,7 +119,7 @@ class Pipeline:
         """Returns one picture for each prompt, uint8 [B, H, W, 3].
 
         A picture depends on its prompt, the seed and its index (its place in the list, or `indices`), whatever
-        the size of the batch. `noise`, float32 [B, h, w, 4], replaces the seed.
+        the size of the batch. `noise`, float32 [B, h, w, c], replaces the seed.
         Raises InputError for an empty prompt, and for noise of another shape, dtype or with NaN.
         """
         check_prompts(prompts)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from sbv2_jax.models.clip_image import preprocess
 from sbv2_jax.models.network import Network
-from sbv2_jax.pretrain.loop import Loss, Metrics
+from sbv2_jax.pretrain.loop import Loss, Metrics, split_rows
 from sbv2_jax.pretrain.losses import contrastive_loss
 from sbv2_jax.pretrain.pictures import in_batches, to_float
 from sbv2_jax.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def _rows(group: jax.Array, member: jax.Array, inputs: Any, batch: int, twins: i
     chosen = jax.random.randint(group, (batch // twins,), 0, inputs["count"].shape[0])
     chosen = jnp.repeat(chosen, twins)
     place = jax.random.randint(member, (batch,), 0, inputs["count"][chosen])
-    return inputs["order"][inputs["start"][chosen] + place]
+    return split_rows(inputs["order"][inputs["start"][chosen] + place])
 
 
 def accuracy(

@@ -55,7 +55,7 @@ class Stages:
             Stage(
                 name="vae",
                 loss=vae.vae_loss(net, settings),
-                init=lambda: quiet_branches(net.init(self.config.seed)),
+                init=lambda: vae.init_vae(net, self.config.seed),
                 inputs={"pictures": self.world.pictures},
                 settings=settings,
                 preview=preview,
@@ -67,7 +67,7 @@ class Stages:
         return Component(vae.vae_config(settings, RESOLUTION, scaling_factor=factor), params)
 
     def _scaled_latents(self) -> np.ndarray:
-        """Returns the latents of all pictures as the UNet takes them, float32 [N, h, w, 4]."""
+        """Returns the latents of all pictures as the UNet takes them, float32 [N, h, w, c]."""
         factor = self._vae.config.scaling_factor  # trains the autoencoder, if that is still to do
         return self._latents * np.float32(factor)
 
@@ -103,7 +103,7 @@ class Stages:
             ),
             self._run,
         )
-        return Component(vae.tiny_config(settings), params)
+        return Component(vae.tiny_config(settings, large.config.latent_channels), params)
 
     @functools.cached_property
     def _text_encoder(self) -> Component:
@@ -137,7 +137,7 @@ class Stages:
     def _unet(self) -> Component:
         settings, large, text = self.config.unet, self._vae, self._text_encoder
         latents = self._scaled_latents()
-        config = unet.unet_config(settings, text.config.hidden_size, latents.shape[1])
+        config = unet.unet_config(settings, text.config.hidden_size, *latents.shape[2:])
         net, tower = network(config), network(text.config)
         null = self.tokenizer.encode([""])[0]
         params = train(
@@ -170,7 +170,7 @@ class Stages:
 
     @functools.cached_property
     def _tiny_net(self) -> Network:
-        return network(vae.tiny_config(self.config.vae_tiny))
+        return network(vae.tiny_config(self.config.vae_tiny, self.config.vae.channels))
 
     @functools.cached_property
     def _encode(self) -> Callable:
@@ -188,7 +188,7 @@ class Stages:
     def _sample(self) -> Callable:
         settings, text = self.config.unet, self._text_encoder
         side = RESOLUTION // self._vae.config.downsampling
-        config = unet.unet_config(settings, text.config.hidden_size, side)
+        config = unet.unet_config(settings, text.config.hidden_size, side, self.config.vae.channels)
         null = self.tokenizer.encode([""])
         return jax.jit(unet.sampler(network(config), network(text.config), null, settings))
 

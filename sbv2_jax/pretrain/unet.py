@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sbv2_jax import samplers
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.unet import UNetConfig
-from sbv2_jax.pretrain.loop import Loss, Metrics
+from sbv2_jax.pretrain.loop import Loss, Metrics, draw_rows
 from sbv2_jax.pretrain.losses import velocity_loss
 from sbv2_jax.schedule import ScheduleConfig, add_noise, make_schedule
 from sbv2_jax.tree import Params
@@ -34,7 +34,9 @@ SCHEDULER = {
 SCHEDULE = make_schedule(ScheduleConfig.from_dict(SCHEDULER))
 
 
-def unet_config(settings: ConfigDict, context_width: int, sample_size: int) -> UNetConfig:
+def unet_config(
+    settings: ConfigDict, context_width: int, sample_size: int, latent_channels: int
+) -> UNetConfig:
     """Returns the configuration: attention on all levels, but for the way down at full resolution.
 
     There it would cost a third of a step and see features that are not made yet.
@@ -42,6 +44,8 @@ def unet_config(settings: ConfigDict, context_width: int, sample_size: int) -> U
     below = len(settings.widths) - 1
     return UNetConfig(
         sample_size=sample_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         block_out_channels=settings.widths,
         layers_per_block=settings.layers,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * below,
@@ -56,14 +60,14 @@ def unet_config(settings: ConfigDict, context_width: int, sample_size: int) -> U
 def unet_loss(network: Network, text: Network, settings: ConfigDict) -> Loss:
     """Returns the loss over inputs {"latents", "ids": int32 [N, phrasings, S], "null": [S], "text": params}.
 
-    latents float32 [N, h, w, 4], scaled. The text tower runs in the step: it costs a few per cent, its states
+    latents float32 [N, h, w, c], scaled. The text tower runs in the step: it costs a few per cent, its states
     for all phrasings would take gigabytes.
     """
     size = settings.batch_size
 
     def loss(params: Params, inputs: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         pick, phrasing, drop, time, normal = jax.random.split(key, 5)
-        rows = jax.random.randint(pick, (size,), 0, inputs["latents"].shape[0])
+        rows = draw_rows(pick, size, inputs["latents"])
         ids = inputs["ids"][rows, jax.random.randint(phrasing, (size,), 0, inputs["ids"].shape[1])]
         dropped = jax.random.bernoulli(drop, settings.caption_dropout, (size, 1))
         ids = jnp.where(dropped, inputs["null"][None], ids)
@@ -87,7 +91,7 @@ def _times(key: jax.Array, count: int, timesteps: int) -> jax.Array:
 def sampler(
     network: Network, text: Network, null: np.ndarray, settings: ConfigDict
 ) -> Callable[[tuple[Params, Params], tuple[jax.Array, jax.Array]], jax.Array]:
-    """Returns the pure function `(unet, text tower), (ids [N, S], noise [N, h, w, 4])` -> scaled latents.
+    """Returns the pure function `(unet, text tower), (ids [N, S], noise [N, h, w, c])` -> scaled latents.
 
     By DDIM with the guidance and the steps of the settings; null [1, S] is the empty prompt.
     """

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.tiny_vae import TinyVAEConfig
 from sbv2_jax.models.vae import VAEConfig
-from sbv2_jax.pretrain.loop import Loss, Metrics
+from sbv2_jax.pretrain.loop import Loss, Metrics, draw_rows, quiet_branches
 from sbv2_jax.pretrain.losses import kl_divergence, picture_loss
 from sbv2_jax.pretrain.pictures import to_float
 from sbv2_jax.tree import Params
@@ -19,6 +19,7 @@ from sbv2_jax.tree import Params
 def vae_config(settings: ConfigDict, sample_size: int, scaling_factor: float = 1.0) -> VAEConfig:
     """Returns the configuration of the autoencoder; `standardise` tells the scaling factor."""
     return VAEConfig(
+        latent_channels=settings.channels,
         block_out_channels=settings.widths,
         down_block_types=("DownEncoderBlock2D",) * len(settings.widths),
         up_block_types=("UpDecoderBlock2D",) * len(settings.widths),
@@ -30,9 +31,20 @@ def vae_config(settings: ConfigDict, sample_size: int, scaling_factor: float = 1
     )
 
 
-def tiny_config(settings: ConfigDict) -> TinyVAEConfig:
+def init_vae(network: Network, seed: int) -> dict[str, np.ndarray]:
+    """Returns fresh parameters whose latents have little noise, a deviation of 0.05.
+
+    With noise as strong as the latents the encoder learns first of all to shout, and the decoder nothing.
+    """
+    params = quiet_branches(network.init(seed))
+    mean, log_variance = np.split(params["quant_conv.bias"], 2)
+    return params | {"quant_conv.bias": np.concatenate([mean, np.full_like(log_variance, -6.0)])}
+
+
+def tiny_config(settings: ConfigDict, latent_channels: int) -> TinyVAEConfig:
     """Returns the configuration of the tiny autoencoder; it works on scaled latents, as TAESD does."""
     return TinyVAEConfig(
+        latent_channels=latent_channels,
         encoder_block_out_channels=(settings.width,) * len(settings.encoder_blocks),
         decoder_block_out_channels=(settings.width,) * len(settings.decoder_blocks),
         num_encoder_blocks=settings.encoder_blocks,
@@ -45,7 +57,7 @@ def vae_loss(network: Network, settings: ConfigDict) -> Loss:
 
     def loss(params: Params, inputs: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         pick, noise = jax.random.split(key)
-        images = to_float(inputs["pictures"][_choice(pick, settings.batch_size, inputs["pictures"])])
+        images = to_float(inputs["pictures"][draw_rows(pick, settings.batch_size, inputs["pictures"])])
         mean, log_variance = network.apply(params, images, method="encode")
         latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(noise, mean.shape)
         decoded = network.apply(params, latents, method="decode")
@@ -58,13 +70,13 @@ def vae_loss(network: Network, settings: ConfigDict) -> Loss:
 
 
 def tiny_loss(network: Network, settings: ConfigDict) -> Loss:
-    """Returns the loss over inputs {"pictures", "latents": float32 [N, h, w, 4], scaled}.
+    """Returns the loss over inputs {"pictures", "latents": float32 [N, h, w, c], scaled}.
 
     The decoder learns the pictures, not the large decoder's rendering of them; the encoder learns the latents.
     """
 
     def loss(params: Params, inputs: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        rows = _choice(key, settings.batch_size, inputs["pictures"])
+        rows = draw_rows(key, settings.batch_size, inputs["pictures"])
         images, latents = to_float(inputs["pictures"][rows]), inputs["latents"][rows]
         decoded = network.apply(params, latents, method="decode")
         encoded = network.apply(params, images, method="encode")
@@ -73,10 +85,6 @@ def tiny_loss(network: Network, settings: ConfigDict) -> Loss:
         return picture + latent, {"loss/picture": picture, "loss/latent": latent}
 
     return loss
-
-
-def _choice(key: jax.Array, count: int, array: jax.Array) -> jax.Array:
-    return jax.random.randint(key, (count,), 0, array.shape[0])
 
 
 def standardise(
