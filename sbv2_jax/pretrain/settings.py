@@ -36,7 +36,14 @@ _CLIP: dict[str, Check] = {
     "twins": whole(1),
 }
 _MODEL: dict[str, dict[str, Check]] = {
-    "vae": {"channels": whole(1), "widths": _widths, "layers": whole(1), "groups": whole(1), "kl": number(0), "edges": number(0)},
+    "vae": {
+        "channels": whole(1),
+        "widths": _widths,
+        "layers": whole(1),
+        "groups": whole(1),
+        "kl": number(0),
+        "edges": number(0),
+    },
     "vae_tiny": {"width": whole(1), "encoder_blocks": _widths, "decoder_blocks": _widths, "edges": number(0)},
     "text_encoder": _CLIP,
     "clip": _CLIP,
