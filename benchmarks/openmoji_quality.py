@@ -1,0 +1,130 @@
+"""Measures the pictures of OpenMoji pipelines: FD, KID, what a classifier reads in them, and what CLIP says.
+
+python benchmarks/openmoji_quality.py --model=bundled --settings=1:1,4:1,25:1,25:3 --out=runs/quality.jsonl
+python benchmarks/openmoji_quality.py --model=runs/openmoji/export --settings=1:1 --out=runs/quality.jsonl
+python benchmarks/openmoji_quality.py --model=real --out=runs/quality.jsonl      (the floor: other real pictures)
+
+Adds a line of JSON to --out for each setting, STEPS:GUIDANCE. Prompts, real pictures and noise are the same for all.
+Needs `pip install -e ".[test,evaluate]"`.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from openmoji_judges import Classifier, lite0_features, real_pictures
+from tqdm import tqdm
+
+import sbv2_jax
+from sbv2_jax import cli
+from sbv2_jax.convert.component import load_component
+from sbv2_jax.convert.resolve import resolve
+from sbv2_jax.data import openmoji
+from sbv2_jax.errors import InputError
+from sbv2_jax.evaluate.clip_score import clip_score
+from sbv2_jax.evaluate.distances import frechet_distance, kernel_distance
+from sbv2_jax.models.clip_image import CLIPImageConfig
+from sbv2_jax.tokenizer import load_tokenizer
+
+_MODEL = flags.DEFINE_multi_string(
+    "model", [], "A diffusers directory, 'bundled', or 'real'; may be repeated."
+)
+_SETTINGS = flags.DEFINE_list("settings", ["1:1"], "Settings STEPS:GUIDANCE.")
+_OUT = flags.DEFINE_string("out", None, "The file of lines of JSON to add to.")
+_CLIP = flags.DEFINE_string("clip", "bundled", "The pipeline whose clip/ scores, or none: ''.")
+_COUNT = flags.DEFINE_integer("count", 2000, "Pictures of each side.", lower_bound=2)
+_KIND = flags.DEFINE_enum("kind", "seen", openmoji.PROMPT_KINDS, "Which prompts.")
+_SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Validation to choose, test to report.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+_SAMPLER = flags.DEFINE_string("sampler", "dpm", "The sampler of more than one step.")
+_FITTED = flags.DEFINE_integer("fitted", 8000, "Real pictures to which the classifier is fitted.")
+_BATCH = 100
+
+
+def drawn(pipeline: sbv2_jax.Pipeline, captions: list[str], steps: int, guidance: float) -> np.ndarray:
+    """Returns one picture for each caption, uint8 [N, 64, 64, 3]."""
+    parts = []
+    for start in tqdm(range(0, len(captions), _BATCH), unit="batch", desc=f"{steps} steps", leave=False):
+        indices = [min(index, len(captions) - 1) for index in range(start, start + _BATCH)]
+        texts = [captions[index] for index in indices]
+        parts.append(
+            pipeline(
+                texts,
+                seed=_SEED.value,
+                indices=indices,
+                steps=steps,
+                guidance=guidance,
+                sampler=_SAMPLER.value,
+            )
+        )
+    return np.concatenate(parts)[: len(captions)]
+
+
+def main() -> None:
+    settings = [_setting(text) for text in _SETTINGS.value]
+    if not _MODEL.value:
+        raise InputError("missing --model (see --help)")
+    prompts = openmoji.prompts(_KIND.value, _COUNT.value, _SPLIT.value)
+    captions, scenes = [one.caption for one in prompts], [one.scene for one in prompts]
+    features = lite0_features()
+    real = features(real_pictures(prompts))
+    classifier = Classifier(features, _FITTED.value)
+    score = _scorer() if _CLIP.value else None
+    out = Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for model in _MODEL.value:
+        pipeline = None if model == "real" else sbv2_jax.load(model)
+        for steps, guidance in settings if pipeline else [(0, 1.0)]:
+            start = time.perf_counter()
+            pictures = drawn(pipeline, captions, steps, guidance) if pipeline else _others()
+            seconds = time.perf_counter() - start
+            fake = features(pictures)
+            row = {"model": model, "steps": steps, "guidance": guidance, "kind": _KIND.value}
+            row |= {"split": _SPLIT.value, "seed": _SEED.value, "count": len(captions)}
+            row |= {"fd": frechet_distance(real, fake), "kid_e3": 1e3 * kernel_distance(real, fake)}
+            if pipeline:  # the floor's pictures are of other prompts
+                row |= classifier.accuracy(fake, scenes)
+                row |= {"clip": score(pictures, captions)} if score else {}
+                row |= {"img_per_s": len(captions) / seconds}
+            else:
+                row |= classifier.accuracy(real, scenes)
+                row |= {"clip": score(real_pictures(prompts), captions)} if score else {}
+            row = {
+                name: float(f"{value:.5g}") if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+            print(json.dumps(row), flush=True)
+            with out.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+
+def _others() -> np.ndarray:
+    """Returns as many real pictures of other prompts of the same kind."""
+    prompts = openmoji.prompts(_KIND.value, 2 * _COUNT.value, _SPLIT.value)
+    return real_pictures(prompts[_COUNT.value :])
+
+
+def _scorer() -> Callable[[np.ndarray, list[str]], float]:
+    directory = resolve(_CLIP.value)
+    clip, tokenizer = (
+        load_component(directory / "clip", dtype="float32"),
+        load_tokenizer(directory / "tokenizer"),
+    )
+    size = clip.config.vision_config.image_size
+    return functools.partial(clip_score, clip, tokenizer, CLIPImageConfig(size=size, crop_size=size))
+
+
+def _setting(text: str) -> tuple[int, float]:
+    steps, _, guidance = text.partition(":")
+    try:
+        return int(steps), float(guidance or 1)
+    except ValueError:
+        raise InputError(f"--settings: {text!r} is not STEPS:GUIDANCE") from None
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("out",))
