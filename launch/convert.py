@@ -1,6 +1,8 @@
-"""Converts checkpoints: out of a run into diffusers, to and from LoRA files, and one with another.
+"""Converts checkpoints: out of a run into diffusers, to and from Orbax and LoRA files, and one with another.
 
 python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=student|ema] [--base=TEACHER]
+python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR
+python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR
 python launch/convert.py lora --run=RUN --out=FILE.safetensors [--step=N] [--which=student|ema|score]
 python launch/convert.py fuse --model=DIR --lora=FILE.safetensors --out=DIR [--alpha=A]
 python launch/convert.py merge --model=DIR --weight=0.5 --model=DIR --weight=0.5 --out=DIR
@@ -30,6 +32,8 @@ _OUT = flags.DEFINE_string("out", None, "The directory or file to write; nothing
 # The flags that each command needs, and those that it may have.
 _COMMANDS = {
     "to-diffusers": (("run", "out"), ("step", "which", "base")),
+    "to-diffusers --model": (("model", "out"), ()),
+    "from-diffusers": (("model", "out"), ()),
     "lora": (("run", "out"), ("step", "which")),
     "fuse": (("model", "lora", "out"), ("alpha",)),
     "merge": (("model", "weight", "out"), ()),
@@ -39,13 +43,17 @@ _COMMANDS = {
 
 
 def main(command: str) -> None:
-    _check_flags(command)
+    cli.check_command(command, _COMMANDS)
+    if command != "merge" and len(_MODEL.value or []) > 1:
+        raise InputError(f"{command} takes one --model")
     # jax is loaded only once the flags are right
     from sbv2_jax import export
-    from sbv2_jax.convert import extract, listing, lora_files, merge
+    from sbv2_jax.convert import extract, layouts, listing, lora_files, merge
 
     model = _MODEL.value[0] if _MODEL.value else None
-    if command == "to-diffusers":
+    if command == "from-diffusers" or command == "to-diffusers" and model:
+        layouts.rewrite(model, _OUT.value, orbax=command == "from-diffusers")
+    elif command == "to-diffusers":
         step = export.export_checkpoint(
             _RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value, base=_BASE.value
         )
@@ -64,17 +72,5 @@ def main(command: str) -> None:
             print(line)
 
 
-def _check_flags(command: str) -> None:
-    needed, allowed = _COMMANDS[command]
-    every = {name for names in _COMMANDS.values() for name in (*names[0], *names[1])}
-    given = {name for name in every if flags.FLAGS[name].value is not None}
-    if missing := [f"--{name}" for name in needed if name not in given]:
-        raise InputError(f"{command} needs {', '.join(missing)} (see --help)")
-    if stray := [f"--{name}" for name in sorted(given - {*needed, *allowed})]:
-        raise InputError(f"{command} does not take {', '.join(stray)}")
-    if command != "merge" and len(_MODEL.value or []) > 1:
-        raise InputError(f"{command} takes one --model")
-
-
 if __name__ == "__main__":
-    cli.run(main, commands=tuple(_COMMANDS))
+    cli.run(main, commands=[name for name in _COMMANDS if " " not in name])

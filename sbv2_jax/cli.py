@@ -5,7 +5,7 @@ on stderr with exit code 2, before any device is touched where flags and configu
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -42,6 +42,22 @@ def fail(message: str) -> NoReturn:
     """Prints one line, `error: ...`, on stderr and exits with code 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(EXIT_INPUT)
+
+
+def check_command(command: str, table: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> None:
+    """Compares the flags that were given with those that a command needs and may have.
+
+    `table` holds both for every command; a command followed by a flag, as in "to-diffusers --model", is the
+    form that it has with that flag. Raises InputError that lists what is missing or stray.
+    """
+    every = {name for needed, allowed in table.values() for name in (*needed, *allowed)}
+    given = {name for name in every if flags.FLAGS[name].value is not None}
+    form = next((f"{command} --{name}" for name in given if f"{command} --{name}" in table), command)
+    needed, allowed = table[form]
+    if missing := [f"--{name}" for name in needed if name not in given]:
+        raise InputError(f"{command} needs {', '.join(missing)} (see --help)")
+    if stray := [f"--{name}" for name in sorted(given - {*needed, *allowed})]:
+        raise InputError(f"{form} does not take {', '.join(stray)}")
 
 
 def _parse(argv: list[str], required: Sequence[str], commands: Sequence[str]) -> list[str]:

@@ -224,6 +224,14 @@ def test_inspect_tells_every_tensor_and_every_difference(convert, world, full, t
     assert list(listing.report(unet, tmp_path / "unet")) == [f"0 of {len(tensors)} tensors differ"]
 
 
+def test_a_pipeline_goes_to_orbax_and_back(convert, world, tmp_path):
+    convert("from-diffusers", model=[str(world / "pipeline")], out=tmp_path / "orbax")
+    assert (tmp_path / "orbax" / "unet" / "orbax" / "manifest.json").is_file()
+    convert("to-diffusers", model=[str(tmp_path / "orbax")], out=tmp_path / "back")
+    assert same_tensors(tmp_path / "back", world / "pipeline")
+    assert same_tensors(tmp_path / "orbax", world / "pipeline")
+
+
 def test_differences_of_names_shapes_and_types(tmp_path):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     same, empty = np.arange(6, dtype=np.int64), np.zeros((0, 3), np.float32)
@@ -240,10 +248,14 @@ def test_differences_of_names_shapes_and_types(tmp_path):
 
 
 COMMANDS = {
-    "no command": ((), "one command is expected: to-diffusers, lora"),
+    "no command": ((), "one command is expected: to-diffusers, from-diffusers, lora"),
     "misspelt command": (("to-difusers",), "did you mean to-diffusers?"),
     "missing flags": (("fuse", "--model={}/pipeline"), "fuse needs --lora, --out"),
     "stray flag": (("inspect", "--model={}/pipeline", "--rank=2"), "inspect does not take --rank"),
+    "stray flag of a form": (
+        ("to-diffusers", "--model={}/pipeline", "--out={}/x", "--step=3"),
+        "to-diffusers --model does not take --step",
+    ),
     "no such choice": (("lora", "--run={}/low", "--out={}/x", "--which=teacher"), "--which=teacher"),
     "no such run": (("to-diffusers", "--run={}/none", "--out={}/x"), "no checkpoint in"),
 }

@@ -1,4 +1,7 @@
-"""One model directory of diffusers or transformers, `config.json` and weights, to parameters and back."""
+"""One model directory, `config.json` and weights, to parameters and back.
+
+The weights are safetensors files as diffusers and transformers write them, or an Orbax checkpoint.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbv2_jax.convert import orbax_files
 from sbv2_jax.convert.files import existing_directory, file_of, new_directory, read_json, write_json
 from sbv2_jax.convert.legacy import current_names, current_shape
 from sbv2_jax.convert.names import to_ours, to_torch, torch_name, torch_names
@@ -42,12 +46,15 @@ def load_config(directory: str | Path) -> ModelConfig:
 
 
 def check_component(directory: str | Path) -> ModelConfig:
-    """Reads the configuration of a model directory and compares the headers of its weights with it.
+    """Reads the configuration of a model directory and compares what its weights' files say with it.
 
     Raises InputError as `load_component` does, before any tensor is read.
     """
-    config = load_config(directory)
-    weights = open_weights(existing_directory(directory), _stem(config), variant=None)
+    config, directory = load_config(directory), Path(directory)
+    if orbax_files.has_params(directory):
+        orbax_files.check_params(directory, network(config).shapes)
+        return config
+    weights = open_weights(directory, _stem(config))
     _match(class_of(config), weights, network(config).shapes, str(directory))
     return config
 
@@ -55,16 +62,20 @@ def check_component(directory: str | Path) -> ModelConfig:
 def load_component(
     directory: str | Path, *, dtype: Any | None = None, variant: str | None = None
 ) -> Component:
-    """Loads a model directory of diffusers or transformers, without network and without pickle.
+    """Loads a model directory, without network and without pickle.
 
     The parameters keep the file's types unless `dtype` (float32, bfloat16 or float16) is asked for; where no
-    cast is needed they are read-only views of the file. All checks come before the first tensor is read.
-    Raises InputError that lists every missing and unexpected name, every wrong shape and type, in PyTorch's
-    names; also for a value that `dtype` cannot hold. `variant` is explained at `weights.open_weights`.
+    cast is needed those of safetensors are read-only views of the file. All checks come before the first tensor
+    is read. Raises InputError that lists every missing and unexpected name, every wrong shape and type, in the
+    names of the files; also for a value that `dtype` cannot hold. `variant` is explained at
+    `weights.open_weights`.
     """
     directory = existing_directory(directory)
     dtype = None if dtype is None else _format_name(dtype)
     config = load_config(directory)
+    if variant is None and orbax_files.has_params(directory):
+        stored = orbax_files.read_params(directory, network(config).shapes)
+        return Component(config, {name: _cast(name, stored[name], dtype) for name in sorted(stored)})
     weights = open_weights(directory, _stem(config), variant=variant)
     ours = _match(class_of(config), weights, network(config).shapes, str(directory))
     # What is cast is read and let go; the rest stays where it is, in the file.
@@ -126,10 +137,25 @@ def write_component(
     *,
     dtype: Any | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    orbax: bool = False,
 ) -> None:
-    """Writes the files of `save_component` into a directory that exists; not atomic."""
+    """Writes the files of `save_component`, or with `orbax` an Orbax checkpoint, into a directory that exists.
+
+    Raises InputError as `save_component` does; not atomic.
+    """
     require_same(params, network(config).shapes, "the parameters given", class_of(config))
     dtype = None if dtype is None else _format_name(dtype)
+    values = config.to_dict()
+    if not config.CLASS_NAME:
+        values["architectures"] = [class_of(config)]
+    write_json(directory / "config.json", values)
+    if orbax:
+        arrays = {
+            name: _cast(name, np.asarray(leaf), dtype or _format_name(leaf.dtype))
+            for name, leaf in params.items()
+        }
+        orbax_files.write_params(directory, arrays)
+        return
     infos = {
         torch_name(name): TensorInfo(dtype or _format_name(leaf.dtype), _torch_shape(name, leaf.shape))
         for name, leaf in params.items()
@@ -139,10 +165,6 @@ def write_component(
     def tensor(name: str) -> np.ndarray:
         return _cast(ours[name], to_torch(ours[name], np.asarray(params[ours[name]])), dtype)
 
-    values = config.to_dict()
-    if not config.CLASS_NAME:
-        values["architectures"] = [class_of(config)]
-    write_json(directory / "config.json", values)
     write_weights(directory, _stem(config), infos, tensor, max_shard_bytes=max_shard_bytes)
 
 

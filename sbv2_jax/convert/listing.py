@@ -5,19 +5,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sbv2_jax.convert.component import load_config
+import numpy as np
+
+from sbv2_jax.convert.component import load_component, load_config
 from sbv2_jax.convert.legacy import current_names
+from sbv2_jax.convert.names import params_to_torch
+from sbv2_jax.convert.orbax_files import has_params
 from sbv2_jax.convert.pipeline import load_pipeline
 from sbv2_jax.convert.resolve import resolve
-from sbv2_jax.convert.safetensors_io import TensorInfo, read_header
+from sbv2_jax.convert.safetensors_io import DTYPES, TensorInfo, read_header
 from sbv2_jax.convert.weights import open_weights
 from sbv2_jax.models.registry import class_of
 
 _CHUNK = 1 << 24
+_TYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Tensor(NamedTuple):
-    """The format's name of a type, the shape, the bytes, and the SHA-256 of the bytes in the file."""
+    """The format's name of a type, the shape, the bytes, and the SHA-256 of the bytes in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,6 +51,8 @@ def tensors(model: str | Path) -> dict[str, Tensor]:
 
 def _of_network(directory: Path) -> dict[str, Tensor]:
     config = load_config(directory)
+    if has_params(directory):
+        return _of_params(load_component(directory).params)
     weights = open_weights(directory, "diffusion_pytorch_model" if config.CLASS_NAME else "model")
     today = current_names(class_of(config), weights.infos, str(directory))
     found = {}
@@ -53,6 +60,15 @@ def _of_network(directory: Path) -> dict[str, Tensor]:
         # Where a tensor ends is where the next one of its file begins.
         found |= _of_file(path, read_header(path))
     return {today.get(name, name): tensor for name, tensor in found.items()}
+
+
+def _of_params(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Describes parameters as the safetensors file that they would make, so that the two can be compared."""
+    found = {}
+    for name, array in params_to_torch(params).items():
+        digest = hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+        found[name] = Tensor(_TYPES[array.dtype], array.shape, array.nbytes, digest)
+    return found
 
 
 def _of_file(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from sbv2_jax.convert.component import Component, load_component, load_config, write_component
 from sbv2_jax.convert.files import existing_directory, file_of, new_directory, read_json, write_json
 from sbv2_jax.convert.resolve import resolve
+from sbv2_jax.convert.side_files import copy_clip_files, tokenizer_files, write_preprocessor
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.config import ModelConfig
@@ -31,14 +32,6 @@ _NOT_READ = ("safety_checker", "feature_extractor", "image_encoder", "requires_s
 # Networks that training needs and diffusers' pipeline does not know: folders beside the others.
 _EXTRAS = {"vae_tiny": ("AutoencoderTiny",), "clip": ("CLIPModel",)}
 _MODELS = ("unet", "vae", "text_encoder")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,13 +230,15 @@ def save_pipeline(
     base: str | Path | None = None,
     one_step: bool = False,
     dtype: Any | None = None,
+    orbax: bool = False,
 ) -> None:
     """Writes a pipeline directory that diffusers' `StableDiffusionPipeline.from_pretrained` loads.
 
     A network is given as it is, or as the directory to take it from (one is in memory at a time then), a CLIP
     with the `preprocessor_config.json` and the tokenizer that lie there. `scheduler` holds the values of a
     scheduler_config.json; with `one_step` it becomes `one_step_scheduler`. What is not given is taken from the
-    pipeline `base`. Types are kept unless `dtype` is given.
+    pipeline `base`. Types are kept unless `dtype` is given. With `orbax` the weights are written as Orbax
+    checkpoints: the directory is then one for this package, not for diffusers.
     All is written next to `directory` and renamed at the end. Raises InputError for a directory that is not
     empty or cannot be written, and for parts that are missing, wrong, or do not fit each other.
     """
@@ -269,42 +264,26 @@ def save_pipeline(
     _check_fit(configs, str(directory))
     ScheduleConfig.from_dict(dict(scheduler), "the scheduler given")
     values = one_step_scheduler(scheduler) if one_step else dict(scheduler)
-    tokenizer_files = _tokenizer_files(existing_directory(tokenizer_dir))
+    tokenizer = tokenizer_files(tokenizer_dir)
 
     with new_directory(directory) as partial:
         for name, part in parts.items():
             (partial / name).mkdir()
             component = part if isinstance(part, Component) else load_component(part)
-            write_component(partial / name, component.config, component.params, dtype=dtype)
+            write_component(partial / name, component.config, component.params, dtype=dtype, orbax=orbax)
             del component  # before the next one is read
-        if "clip" in parts:
-            _write_clip_files(partial / "clip", parts["clip"])
+        clip = parts.get("clip")
+        if isinstance(clip, Component):
+            side = clip.config.vision_config.image_size
+            write_preprocessor(partial / "clip", CLIPImageConfig(size=side, crop_size=side))
+        elif clip is not None:
+            copy_clip_files(Path(clip), partial / "clip")
         (partial / "tokenizer").mkdir()
-        for path in tokenizer_files:
+        for path in tokenizer:
             shutil.copyfile(path, partial / "tokenizer" / path.name)
         (partial / "scheduler").mkdir()
         write_json(partial / "scheduler" / "scheduler_config.json", values)
         write_json(partial / "model_index.json", _index(configs, values["_class_name"]))
-
-
-def _write_clip_files(directory: Path, clip: Component | Path) -> None:
-    """Writes what a CLIP needs beside its weights: how pictures are made its input, and its tokenizer if any."""
-    if isinstance(clip, Component):
-        side = clip.config.vision_config.image_size
-        processor = CLIPImageConfig(size=side, crop_size=side).to_dict()
-        write_json(directory / "preprocessor_config.json", processor)
-        return
-    for name in ("preprocessor_config.json", *_TOKENIZER_FILES):
-        if (Path(clip) / name).exists():
-            shutil.copyfile(file_of(Path(clip), name), directory / name)
-
-
-def _tokenizer_files(directory: Path) -> list[Path]:
-    found = [file_of(directory, name) for name in _TOKENIZER_FILES if (directory / name).exists()]
-    names = {path.name for path in found}
-    if "tokenizer_config.json" not in names or not names & {"tokenizer.json", "vocab.json"}:
-        raise InputError(f"{directory} does not hold a tokenizer")
-    return found
 
 
 def _index(configs: Mapping[str, ModelConfig], scheduler_class: str) -> dict[str, Any]:

@@ -1,0 +1,25 @@
+"""A model from one layout of weights into the other: safetensors, as diffusers reads them, and Orbax."""
+
+from pathlib import Path
+
+from sbv2_jax.convert.component import load_component, write_component
+from sbv2_jax.convert.files import new_directory
+from sbv2_jax.convert.pipeline import save_pipeline
+from sbv2_jax.convert.resolve import resolve
+from sbv2_jax.convert.side_files import copy_clip_files
+
+
+def rewrite(model: str | Path, out: str | Path, *, orbax: bool) -> None:
+    """Writes a pipeline, or a network on its own, with its weights as Orbax checkpoints or as safetensors.
+
+    Names are those of today's libraries; values and types are kept bit for bit, and what is no weight is kept
+    too. Raises InputError as `save_pipeline` and `load_component` do; nothing is written then.
+    """
+    directory = resolve(model)
+    if (directory / "model_index.json").exists():
+        save_pipeline(out, base=directory, orbax=orbax)
+        return
+    component = load_component(directory)
+    with new_directory(out) as partial:
+        write_component(partial, component.config, component.params, orbax=orbax)
+        copy_clip_files(directory, partial)
