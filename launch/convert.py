@@ -1,11 +1,11 @@
 """Converts checkpoints: out of a run into diffusers, to and from Orbax and LoRA files, and one with another.
 
-python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=student|ema] [--base=TEACHER]
+python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=student|ema|teacher] [--base=TEACHER]
 python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR
 python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR
 python launch/convert.py lora --run=RUN --out=FILE.safetensors [--step=N] [--which=student|ema|score]
 python launch/convert.py fuse --model=DIR --lora=FILE.safetensors --out=DIR [--alpha=A]
-python launch/convert.py merge --model=DIR --weight=0.5 --model=DIR --weight=0.5 --out=DIR
+python launch/convert.py merge --model=DIR_OR_RUN --weight=0.5 --model=DIR_OR_RUN --weight=0.5 --out=DIR
 python launch/convert.py extract-lora --model=DIR --base=DIR --rank=R --out=FILE.safetensors
 python launch/convert.py inspect --model=DIR_OR_FILE [--other=DIR_OR_FILE]
 """
@@ -17,9 +17,9 @@ from sbv2_jax.errors import InputError
 
 _RUN = flags.DEFINE_string("run", None, "The directory of a run of launch/train.py.")
 _STEP = flags.DEFINE_integer("step", None, "A step of the run; without it the newest that verifies.")
-_WHICH = flags.DEFINE_enum("which", None, ("student", "ema", "score"), "What of the run to take.")
+_WHICH = flags.DEFINE_enum("which", None, ("student", "ema", "teacher", "score"), "What of the run to take.")
 _MODEL = flags.DEFINE_multi_string(
-    "model", None, "A pipeline or UNet directory, or a hub id; merge: several."
+    "model", None, "A pipeline or UNet directory, a run, or a hub id; merge: several."
 )
 _BASE = flags.DEFINE_string("base", None, "The teacher, where it moved; what a LoRA is extracted against.")
 _OTHER = flags.DEFINE_string("other", None, "A second model to compare with.")
@@ -48,7 +48,8 @@ def main(command: str) -> None:
         raise InputError(f"{command} takes one --model")
     # jax is loaded only once the flags are right
     from sbv2_jax import export
-    from sbv2_jax.convert import extract, layouts, listing, lora_files, merge
+    from sbv2_jax.convert import extract, fuse, layouts, listing, merge
+    from sbv2_jax.runs import open_model
 
     model = _MODEL.value[0] if _MODEL.value else None
     if command == "from-diffusers" or command == "to-diffusers" and model:
@@ -62,11 +63,12 @@ def main(command: str) -> None:
         step = export.export_lora(_RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value or "student")
         print(f"wrote {_OUT.value} from step {step}")
     elif command == "fuse":
-        lora_files.fuse_file(model, _LORA.value, _OUT.value, _ALPHA.value)
+        fuse.fuse_file(open_model(model), _LORA.value, _OUT.value, _ALPHA.value)
     elif command == "merge":
-        merge.merge_models(_MODEL.value, _WEIGHT.value, _OUT.value)
+        merge.merge_models([open_model(one) for one in _MODEL.value], _WEIGHT.value, _OUT.value)
     elif command == "extract-lora":
-        print(extract.summary(extract.extract_file(model, _BASE.value, _RANK.value, _OUT.value)))
+        base = open_model(_BASE.value)
+        print(extract.summary(extract.extract_file(open_model(model), base, _RANK.value, _OUT.value)))
     else:
         for line in listing.report(model, _OTHER.value):
             print(line)

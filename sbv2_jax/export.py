@@ -1,36 +1,20 @@
 """What a run has trained, from its state or from its checkpoints, in the files of diffusers."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from sbv2_jax import checkpoint
 from sbv2_jax.assemble import Run
-from sbv2_jax.checkpoint.manifest import flatten
 from sbv2_jax.convert.lora_files import save_lora
-from sbv2_jax.convert.students import save_student
+from sbv2_jax.convert.pipeline import save_pipeline
+from sbv2_jax.convert.unets import save_model
 from sbv2_jax.errors import InputError
-from sbv2_jax.parts import Parts, read_parts
+from sbv2_jax.runs import model_of, read_run, student_of
 from sbv2_jax.state import TrainState
 from sbv2_jax.tree import Params
-
-# What a configuration must say for its checkpoint to be converted.
-_NEEDED = (
-    "teacher",
-    "architecture",
-    "student.init",
-    "student.mode",
-    "student.lora.rank",
-    "student.lora.alpha",
-    "score.rank",
-    "score.alpha",
-    "ema",
-)
 
 
 def export_student(run: Run, state: TrainState, directory: Path) -> None:
@@ -44,7 +28,7 @@ def export_student(run: Run, state: TrainState, directory: Path) -> None:
         return
     scratch = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
-    _save(scratch, trained, run.parts, run.objective.student_lora_scale)
+    save_model(scratch, model_of(str(directory), trained, run.parts, run.objective.student_lora_scale))
     shutil.rmtree(directory, ignore_errors=True)
     scratch.rename(directory)
 
@@ -57,26 +41,26 @@ def export_checkpoint(
     which: str | None = None,
     base: str | None = None,
 ) -> int:
-    """Writes the student of a run's checkpoint as `export_student` does; returns the checkpoint's step.
+    """Writes a model of a run's checkpoint as a pipeline; returns the checkpoint's step.
 
     Args:
       run: the run's directory, which may be training.
       out: a new or empty directory.
       step: the step to take; without it, the newest one that verifies.
-      which: "student" or "ema"; without it, the average where the run keeps one.
+      which: "student" or "ema", which are written as `export_student` does, or "teacher", the pipeline that
+        the run distils; without it, the average where the run keeps one.
       base: the teacher's pipeline, where it is no longer where the run found it.
 
-    Raises InputError for a directory that holds no run's checkpoints, a step that does not verify, and parts
-    that are missing or do not fit; nothing is written then.
+    Raises InputError as `student_of` does; nothing is written then.
     """
-    if which not in (None, "student", "ema"):
-        raise InputError(f"--which={which} is no student; it can be written as a LoRA file")
-    found, trained, config = _read(run, step, which)
-    if base is not None:
-        config.teacher = base
-    config.clip.model = ""  # its loss is not needed any more
-    lora = config.student.lora
-    _save(Path(out), trained, read_parts(config), lora.alpha / lora.rank)
+    if which == "score":
+        raise InputError("--which=score is no student; it can be written as a LoRA file")
+    if which == "teacher":
+        found, _, config = read_run(run, step, "step")
+        save_pipeline(out, base=base or config.teacher)
+        return found
+    found, student = student_of(run, step=step, which=which, base=base)
+    save_model(out, student)
     return found
 
 
@@ -87,40 +71,15 @@ def export_lora(run: str | Path, out: str | Path, *, step: int | None = None, wh
     Raises InputError as `export_checkpoint` does, for a student of which all weights were trained, and where
     the file exists.
     """
-    found, trained, config = _read(run, step, which)
+    if which == "teacher":
+        raise InputError("--which=teacher is no LoRA; convert to-diffusers writes it")
+    found, trained, config = read_run(run, step, f"{which}.")
     if which != "score" and config.student.mode != "lora":
         raise InputError(
             f"{run} trains all weights of its student, not a LoRA: convert to-diffusers, then extract-lora"
         )
     save_lora(out, trained, config.score.alpha if which == "score" else config.student.lora.alpha)
     return found
-
-
-def _read(
-    run: str | Path, step: int | None, which: str | None
-) -> tuple[int, dict[str, np.ndarray], ConfigDict]:
-    """Returns a checkpoint's step, one group of its arrays and its configuration."""
-    checkpoints = Path(run) / "checkpoints"
-    if which is None:
-        _, _, manifest = checkpoint.load(checkpoints, step, "step")  # a scalar: only the manifest is wanted
-        which = "ema" if manifest.config.get("ema") else "student"
-    found, arrays, manifest = checkpoint.load(checkpoints, step, f"{which}.")
-    known = flatten(manifest.config)
-    if missing := [name for name in _NEEDED if name not in known]:
-        raise InputError(f"{checkpoints} is not of a distillation: its config lacks {', '.join(missing)}")
-    return found, arrays, ConfigDict(manifest.config)
-
-
-def _save(directory: Path, trained: Mapping[str, np.ndarray], parts: Parts, lora_scale: float) -> None:
-    save_student(
-        directory,
-        trained,
-        base=parts.pipeline,
-        config=parts.student.config,
-        schedule=parts.student_schedule,
-        init=parts.student.directory,
-        lora_scale=lora_scale,
-    )
 
 
 def _on_host(params: Params) -> dict[str, np.ndarray]:

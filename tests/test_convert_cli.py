@@ -1,5 +1,6 @@
 """The conversions of a run's checkpoints, through the command and the functions beneath it."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from conftest import relative_error
 from safetensors.numpy import load_file, save_file
 from tiny_pipeline import write_pipeline
 
@@ -24,10 +26,12 @@ from sbv2_jax.assemble import assemble
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.config import default_config
 from sbv2_jax.convert import listing
-from sbv2_jax.convert.component import load_component
-from sbv2_jax.convert.lora_files import fuse, read_lora
+from sbv2_jax.convert.component import load_component, save_component
+from sbv2_jax.convert.fuse import fuse
+from sbv2_jax.convert.lora_files import read_lora
 from sbv2_jax.errors import InputError
 from sbv2_jax.export import export_checkpoint, export_lora, export_student
+from sbv2_jax.models.registry import network
 from sbv2_jax.parts import read_parts
 from sbv2_jax.state import TrainState
 
@@ -151,6 +155,68 @@ def test_student_and_average_are_told_apart(full, tmp_path):
         assert all(np.array_equal(got[name], trained[name]) for name in trained)
 
 
+def test_the_teacher_is_the_pipeline_that_the_run_used(convert, world, low, tmp_path, capsys):
+    convert("to-diffusers", run=low.directory, which="teacher", out=tmp_path / "teacher")
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'teacher'} from step {STEP}\n"
+    assert same_tensors(tmp_path / "teacher", world / "pipeline")
+    ours, theirs = (
+        json.loads((directory / "scheduler" / "scheduler_config.json").read_text())
+        for directory in (tmp_path / "teacher", world / "pipeline")
+    )
+    assert ours == theirs and ours["_class_name"] == "DDIMScheduler"
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        export_checkpoint(low.directory, tmp_path / "out", which="teacher", base="./nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_runs_are_merged_from_their_checkpoints_as_by_hand(convert, world, full, low, tmp_path, lam):
+    """The average of one run, the LoRA of the other on the teacher, the teacher's other parts."""
+    runs = [str(full.directory), str(low.directory)]
+    convert("merge", model=runs, weight=[lam, 1 - lam], out=tmp_path / "out")
+    base = load_component(world / "pipeline" / "unet").params
+    ours, theirs = full.state.ema, lora.merge(base, low.state.student, 8.0 / 4)
+    got = load_component(tmp_path / "out" / "unet").params
+    for name in base:
+        a, b = np.asarray(ours[name]), np.asarray(theirs[name])
+        want = {0.0: b, 1.0: a, 0.5: (a + b) / np.float32(2)}[lam]
+        assert got[name].dtype == np.float32
+        np.testing.assert_array_equal(got[name], want, err_msg=name)
+    others = {
+        name: bytes for name, bytes in files_of(full.directory / "export").items() if "unet" not in name
+    }
+    merged = {name: bytes for name, bytes in files_of(tmp_path / "out").items() if "unet" not in name}
+    assert merged == others and len(others) > 10
+
+
+def test_a_run_of_another_shape_is_not_merged(convert, full, tmp_path):
+    unet = load_component(full.directory / "export" / "unet")
+    config = dataclasses.replace(unet.config, cross_attention_dim=20)
+    save_component(tmp_path / "wider", config, network(config).init(0))
+    with pytest.raises(InputError, match=f"{tmp_path / 'wider'} does not match {full.directory}") as error:
+        convert(
+            "merge",
+            model=[str(full.directory), str(tmp_path / "wider")],
+            weight=[0.5, 0.5],
+            out=tmp_path / "out",
+        )
+    wrong = [name for name in unet.params if "attn2.to_k" in name or "attn2.to_v" in name]
+    assert len(wrong) > 2 and all(f"{name} has shape (20," in str(error.value) for name in wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_also_what_a_lora_is_fused_into_or_extracted_from(convert, world, full, low, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    base = str(world / "pipeline")
+    convert("extract-lora", model=[str(low.directory)], base=base, rank=4, out=file)
+    convert("fuse", model=[base], lora=file, out=tmp_path / "fused")
+    got = load_component(tmp_path / "fused" / "unet").params
+    want = load_component(low.directory / "export" / "unet").params
+    assert max(relative_error(got[name], want[name]) for name in want) < 1e-5
+    convert("fuse", model=[str(full.directory)], lora=file, out=tmp_path / "both")
+    assert not same_tensors(tmp_path / "both", full.directory / "export")
+
+
 def test_a_teacher_that_moved_is_named_by_base(world, low, tmp_path):
     shutil.copytree(low.directory / "checkpoints", tmp_path / "run" / "checkpoints")
     shutil.copytree(world / "pipeline", tmp_path / "moved")
@@ -256,7 +322,7 @@ COMMANDS = {
         ("to-diffusers", "--model={}/pipeline", "--out={}/x", "--step=3"),
         "to-diffusers --model does not take --step",
     ),
-    "no such choice": (("lora", "--run={}/low", "--out={}/x", "--which=teacher"), "--which=teacher"),
+    "no such choice": (("lora", "--run={}/low", "--out={}/x", "--which=tacher"), "--which=tacher"),
     "no such run": (("to-diffusers", "--run={}/none", "--out={}/x"), "no checkpoint in"),
 }
 
@@ -279,6 +345,8 @@ def test_what_a_run_cannot_give_is_refused_and_nothing_is_written(convert, full,
         export_lora(full.directory, out)
     with pytest.raises(InputError, match=r"holds no leaf ema\.\*"):
         export_checkpoint(low.directory, out, which="ema")
+    with pytest.raises(InputError, match="--which=teacher is no LoRA"):
+        export_lora(low.directory, out, which="teacher")
     with pytest.raises(InputError, match="--which=score is no student"):
         export_checkpoint(low.directory, out, which="score")
     with pytest.raises(InputError, match="no checkpoint of step 9 .* stored: 4"):

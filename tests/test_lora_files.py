@@ -23,9 +23,11 @@ from tiny_world import fast_jit
 
 import sbv2_jax
 from sbv2_jax.convert.component import load_component
-from sbv2_jax.convert.lora_files import Lora, fuse, fuse_file, read_lora, save_lora
+from sbv2_jax.convert.fuse import fuse, fuse_file
+from sbv2_jax.convert.lora_files import Lora, read_lora, save_lora
 from sbv2_jax.convert.names import params_from_torch
 from sbv2_jax.convert.pipeline import save_pipeline
+from sbv2_jax.convert.unets import open_model
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import network
 from sbv2_jax.tree import Shapes
@@ -69,7 +71,7 @@ def drawn_by(pipe: TorchPipeline, noise: np.ndarray) -> np.ndarray:
 
 
 def test_diffusers_draws_with_the_file_what_we_draw_with_it_fused(pipeline, file, tmp_path, rng, caplog):
-    fuse_file(pipeline, file, tmp_path / "fused")
+    fuse_file(open_model(pipeline), file, tmp_path / "fused")
     noise = rng.standard_normal((2, 8, 8, 4), np.float32)
     ours = drawn_by_us(tmp_path / "fused", noise)
     diffusers_logging.enable_propagation()
@@ -210,18 +212,17 @@ LAYER = "unet.time_embedding.linear_1"
 SETTINGS = {"unet.r": RANK, "unet.lora_alpha": ALPHA}
 
 
-def kohya(tensors: dict[str, np.ndarray]) -> None:
-    for theirs, ours in (("lora_down", "lora_A"), ("lora_up", "lora_B")):
-        name = f"lora_unet_time_embedding_linear_1.{theirs}.weight"
-        tensors[name] = tensors.pop(f"{LAYER}.{ours}.weight")
-
-
 def drop_half(tensors: dict[str, np.ndarray]) -> None:
     del tensors[f"{LAYER}.lora_B.weight"]
 
 
 def convolution(tensors: dict[str, np.ndarray]) -> None:
     tensors["unet.conv_in.lora_A.weight"] = np.zeros((RANK, 4, 3, 3), np.float32)
+    tensors["unet.conv_in.lora_B.weight"] = np.zeros((8, RANK, 3, 3), np.float32)
+
+
+def one_axis(tensors: dict[str, np.ndarray]) -> None:
+    tensors["unet.conv_in.lora_A.weight"] = np.zeros((RANK, 4, 3), np.float32)
 
 
 def bias(tensors: dict[str, np.ndarray]) -> None:
@@ -237,9 +238,13 @@ def integers(tensors: dict[str, np.ndarray]) -> None:
 
 
 REFUSED = {
-    "kohya": (kohya, SETTINGS, "in 2 tensors: lora_unet_time_embedding_linear_1"),
     "half": (drop_half, SETTINGS, "time_embedding.linear_1 has only one of its two factors"),
-    "convolution": (convolution, SETTINGS, r"in 1 tensors: unet.conv_in.lora_A.weight \(4, 4, 3, 3\)"),
+    "convolution": (
+        convolution,
+        SETTINGS,
+        r"conv_in has factors of shapes \(3, 3, 4, 4\) and \(3, 3, 4, 8\)",
+    ),
+    "one axis": (one_axis, SETTINGS, r"in 1 tensors: unet.conv_in.lora_A.weight \(4, 4, 3\)"),
     "bias": (bias, SETTINGS, "linear_1.lora_B.bias"),
     "two spellings": (twice, SETTINGS, "in two spellings"),
     "integers": (integers, SETTINGS, "has type I32"),
@@ -266,11 +271,11 @@ def test_layers_that_the_model_lacks_are_listed_and_nothing_is_written(pipeline,
         wrong |= {f"{module}.lora.down.kernel": down[:features_in], f"{module}.lora.up.kernel": up}
     save_lora(tmp_path / "wrong.safetensors", wrong, ALPHA)
     with pytest.raises(InputError, match="in 3 layers") as error:
-        fuse_file(pipeline, tmp_path / "wrong.safetensors", tmp_path / "out")
+        fuse_file(open_model(pipeline), tmp_path / "wrong.safetensors", tmp_path / "out")
     for part in (
         "text_encoder.q is not there",
         f"{first} is (8, 32), the LoRA's is (5, 32)",
-        "conv_in is (3, 3, 4, 8)",
+        "conv_in is (3, 3, 4, 8), the LoRA's is (8, 32)",
     ):
         assert part in str(error.value)
     assert os.listdir(tmp_path) == ["wrong.safetensors"]
@@ -281,7 +286,7 @@ def test_a_pickle_is_refused_unopened(pipeline, tmp_path):
     (tmp_path / "lora.bin").rename(tmp_path / "lora.safetensors")
     for name in ("lora.safetensors", "none.pt", "none.safetensors"):
         with pytest.raises(InputError, match="pickle" if name != "none.safetensors" else "No such file"):
-            fuse_file(pipeline, tmp_path / name, tmp_path / "out")
+            fuse_file(open_model(pipeline), tmp_path / name, tmp_path / "out")
 
 
 def test_a_lora_keeps_its_scale_by_layer():

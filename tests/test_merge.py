@@ -14,9 +14,11 @@ from parity import randomised
 from tiny_pipeline import write_pipeline
 
 from sbv2_jax.convert.component import load_component, save_component
-from sbv2_jax.convert.extract import extract, extract_file, summary
-from sbv2_jax.convert.lora_files import fuse, read_lora
+from sbv2_jax.convert.extract import Extracted, extract, extract_file, summary
+from sbv2_jax.convert.fuse import fuse
+from sbv2_jax.convert.lora_files import read_lora
 from sbv2_jax.convert.merge import merge_models, weighted_sum
+from sbv2_jax.convert.unets import open_model
 from sbv2_jax.errors import InputError
 
 
@@ -36,10 +38,18 @@ def unet_of(directory: Path) -> dict[str, np.ndarray]:
     return load_component(directory).params
 
 
+def merge(models: list[Path], weights: list[float], out: Path) -> None:
+    merge_models([open_model(model) for model in models], weights, out)
+
+
+def extracted_file(model: Path, base: Path, rank: int, out: Path) -> Extracted:
+    return extract_file(open_model(model), open_model(base), rank, out)
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_a_merge_equals_arithmetic_by_hand_exactly(models, tmp_path, lam):
     trained = [models / "pipeline" / "unet", models / "other"]
-    merge_models(trained, [lam, 1 - lam], tmp_path / "out")
+    merge(trained, [lam, 1 - lam], tmp_path / "out")
     full, lora = map(unet_of, trained)
     got = unet_of(tmp_path / "out")
     assert got.keys() == full.keys()
@@ -49,7 +59,7 @@ def test_a_merge_equals_arithmetic_by_hand_exactly(models, tmp_path, lam):
 
 
 def test_the_other_parts_and_the_schedule_are_the_first_models(models, tmp_path):
-    merge_models([models / "pipeline", models / "other"], [0.3, 0.7], tmp_path / "out")
+    merge([models / "pipeline", models / "other"], [0.3, 0.7], tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         path.name for path in (models / "pipeline").iterdir()
     }
@@ -65,7 +75,7 @@ def test_the_other_parts_and_the_schedule_are_the_first_models(models, tmp_path)
 
 def test_three_bare_unets_make_a_bare_unet(models, tmp_path):
     weights = [0.5, 0.75, -0.25]
-    merge_models([models / "other", models / "pipeline", models / "other"], weights, tmp_path / "out")
+    merge([models / "other", models / "pipeline", models / "other"], weights, tmp_path / "out")
     full, other = unet_of(models / "pipeline" / "unet"), unet_of(models / "other")
     got = unet_of(tmp_path / "out")
     for name in full:
@@ -93,7 +103,7 @@ def other_unet(directory: Path, models: Path, **changes: object) -> Path:
 def test_other_shapes_are_refused_with_the_list(models, tmp_path):
     wider = other_unet(tmp_path / "wider", models, cross_attention_dim=20)
     with pytest.raises(InputError, match="does not match") as error:
-        merge_models([models / "pipeline", wider], [0.5, 0.5], tmp_path / "out")
+        merge([models / "pipeline", wider], [0.5, 0.5], tmp_path / "out")
     attentions = [name for name in unet_of(wider) if "attn2.to_k" in name or "attn2.to_v" in name]
     assert len(attentions) > 2 and all(f"{name} has shape (20," in str(error.value) for name in attentions)
     assert f"in {len(attentions)} leaves" in str(error.value)
@@ -103,12 +113,12 @@ def test_other_shapes_are_refused_with_the_list(models, tmp_path):
 def test_other_settings_and_schedules_are_refused(models, tmp_path):
     heads = other_unet(tmp_path / "heads", models, attention_head_dim=4)
     with pytest.raises(InputError, match="attention_head_dim is 2 and 4"):
-        merge_models([models / "pipeline", heads], [0.5, 0.5], tmp_path / "out")
+        merge([models / "pipeline", heads], [0.5, 0.5], tmp_path / "out")
     shutil.copytree(models / "pipeline", tmp_path / "v")
     path = tmp_path / "v" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
     with pytest.raises(InputError, match="prediction_type is 'epsilon' and 'v_prediction'"):
-        merge_models([models / "pipeline", tmp_path / "v"], [0.5, 0.5], tmp_path / "out")
+        merge([models / "pipeline", tmp_path / "v"], [0.5, 0.5], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -125,14 +135,14 @@ def test_other_settings_and_schedules_are_refused(models, tmp_path):
 )
 def test_wrong_merges_are_refused_and_nothing_is_written(models, tmp_path, names, weights, message):
     with pytest.raises(InputError, match=message):
-        merge_models([models / name for name in names], weights, tmp_path / "out")
+        merge([models / name for name in names], weights, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
 def test_a_lora_of_full_rank_is_the_difference(models, tmp_path):
     """Of the dense layers; what else differs is named and left out."""
     file = tmp_path / "lora.safetensors"
-    extracted = extract_file(models / "other", models / "pipeline", 1000, file)
+    extracted = extracted_file(models / "other", models / "pipeline", 1000, file)
     base, other = unet_of(models / "pipeline" / "unet"), unet_of(models / "other")
     dense = {name for name in base if name.endswith(".kernel") and base[name].ndim == 2}
     assert set(extracted.left_out) == {
@@ -172,12 +182,12 @@ def test_a_lora_of_low_rank_is_the_best_there_is(rng):
 def test_nothing_to_extract_is_refused(models, tmp_path):
     pipeline = models / "pipeline"
     with pytest.raises(InputError, match="no dense layer differs; 0 other leaves do"):
-        extract_file(pipeline, pipeline, 2, tmp_path / "lora.safetensors")
+        extracted_file(pipeline, pipeline, 2, tmp_path / "lora.safetensors")
     unet = load_component(pipeline / "unet")
     biased = unet.params | {"conv_in.bias": unet.params["conv_in.bias"] + 1}
     save_component(tmp_path / "biased", unet.config, biased)
     with pytest.raises(InputError, match="no dense layer differs; 1 other leaves do"):
-        extract_file(tmp_path / "biased", pipeline, 2, tmp_path / "lora.safetensors")
+        extracted_file(tmp_path / "biased", pipeline, 2, tmp_path / "lora.safetensors")
     with pytest.raises(InputError, match="at least 1, not 0"):
-        extract_file(pipeline, pipeline, 0, tmp_path / "lora.safetensors")
+        extracted_file(pipeline, pipeline, 0, tmp_path / "lora.safetensors")
     assert not (tmp_path / "lora.safetensors").exists()

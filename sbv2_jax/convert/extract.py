@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sbv2_jax.convert.lora_files import save_lora
-from sbv2_jax.convert.unets import load_unet, require_alike
+from sbv2_jax.convert.unets import Model, require_alike
 from sbv2_jax.errors import InputError
 
 
@@ -54,16 +54,15 @@ def extract(model: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], ran
     return Extracted(factors, rank, kept / total, left_out)
 
 
-def extract_file(model: str | Path, base: str | Path, rank: int, out: str | Path) -> Extracted:
+def extract_file(model: Model, base: Model, rank: int, out: str | Path) -> Extracted:
     """Writes the LoRA that turns the UNet of `base` into nearly that of `model`; returns what it holds.
 
     Raises InputError as `extract` and `save_lora` do, and, with the list, for UNets of other shapes.
     """
     if rank < 1:
         raise InputError(f"the rank of a LoRA is at least 1, not {rank}")
-    unet, origin = load_unet(model), load_unet(base)
-    require_alike(origin, unet, str(base), str(model))
-    extracted = extract(unet.params, origin.params, rank)
+    require_alike(base, model)
+    extracted = extract(model.unet.params, base.unet.params, rank)
     save_lora(out, extracted.factors, extracted.rank)
     return extracted
 

@@ -1,10 +1,10 @@
-"""LoRA files as diffusers and PEFT share them: written with alpha, read in both spellings, fused in float32."""
+"""LoRA files as diffusers and PEFT share them: written with alpha, read in both spellings and in kohya's."""
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sbv2_jax import lora
 from sbv2_jax.convert.files import new_file, parse_json
+from sbv2_jax.convert.kohya import diffusers_names
 from sbv2_jax.convert.names import to_ours, to_torch
 from sbv2_jax.convert.safetensors_io import DTYPES, read_header, read_tensors
-from sbv2_jax.convert.unets import load_unet, save_like
 from sbv2_jax.errors import InputError
 
 # Without it diffusers takes alpha = rank, and the update comes back weaker or stronger than it was.
@@ -33,7 +32,10 @@ _UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lora:
-    """A UNet's LoRA: `<module>.lora.down.kernel` [in, r], `<module>.lora.up.kernel` [r, out], alpha by module."""
+    """A UNet's LoRA: `<module>.lora.down.kernel` [in, r], `<module>.lora.up.kernel` [r, out], alpha by module.
+
+    Those of a convolution are [h, w, in, r] and [1, 1, r, out].
+    """
 
     factors: Mapping[str, np.ndarray]
     alphas: Mapping[str, float]
@@ -42,7 +44,7 @@ class Lora:
     def scales(self) -> dict[str, float]:
         """alpha / rank of every module."""
         return {
-            module: alpha / self.factors[f"{module}.lora.down.kernel"].shape[1]
+            module: alpha / self.factors[f"{module}.lora.down.kernel"].shape[-1]
             for module, alpha in self.alphas.items()
         }
 
@@ -59,7 +61,7 @@ def save_lora(path: str | Path, factors: Mapping[str, np.ndarray], alpha: float)
     `peft.LoraConfig` takes. Raises InputError where the file exists or cannot be written.
     """
     modules = modules_of(factors)
-    ranks = {factors[f"{module}.lora.down.kernel"].shape[1] for module in modules}
+    ranks = {factors[f"{module}.lora.down.kernel"].shape[-1] for module in modules}
     if len(ranks) != 1:
         raise ValueError(f"a LoRA file of one rank is written, not of {sorted(ranks)}")
     settings = {
@@ -79,16 +81,17 @@ def save_lora(path: str | Path, factors: Mapping[str, np.ndarray], alpha: float)
         save_file(tensors, partial, metadata={_METADATA: text})
 
 
-def read_lora(path: str | Path, alpha: float | None = None) -> Lora:
-    """Reads a UNet's LoRA from a safetensors file, spelled `lora_A`/`lora_B` or `lora.down`/`lora.up`.
+def read_lora(path: str | Path, alpha: float | None = None, *, layers: Collection[str] = ()) -> Lora:
+    """Reads a UNet's LoRA from a safetensors file, spelled `lora_A`/`lora_B`, `lora.down`/`lora.up` or by kohya.
 
-    Alpha comes from the file's metadata or its `.alpha` tensors; for a file that has neither it must be given.
+    `layers` are the paths of the network's layers, which kohya's names cannot be read without. Alpha comes from
+    the file's metadata or its `.alpha` tensors; for a file that has neither it must be given.
     Raises InputError that lists the tensors that are none of a UNet's LoRA, lack their other half or have
     another rank than the metadata say, and for variants of LoRA (DoRA, rank-stabilised, with biases).
     """
     path = Path(path)
-    factors, alphas = _read_tensors(path)
-    ranks = {module: factors[f"{module}.lora.down.kernel"].shape[1] for module in modules_of(factors)}
+    factors, alphas = _read_tensors(path, layers)
+    ranks = {module: factors[f"{module}.lora.down.kernel"].shape[-1] for module in modules_of(factors)}
     settings = _read_settings(path)
     if settings and alphas:
         raise InputError(f"{path} says alpha twice: in its metadata and in .alpha tensors")
@@ -116,13 +119,13 @@ def read_lora(path: str | Path, alpha: float | None = None) -> Lora:
     return Lora(factors, {module: float(alphas[module]) for module in ranks})
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def _read_tensors(path: Path, layers: Collection[str]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     infos = read_header(path)
+    today = diffusers_names(infos, layers, str(path))
     wrong, names, alpha_names = [], {}, {}
     for name, info in infos.items():
-        match = _TENSOR.fullmatch(name)
-        want = 0 if match and match["alpha"] else 2
-        if match is None or len(info.shape) not in ({0, 1} if want == 0 else {want}):
+        match = _TENSOR.fullmatch(today[name])
+        if match is None or len(info.shape) not in ({0, 1} if match["alpha"] else {2, 4}):
             wrong.append(f"{name} {info.shape}")
         elif info.dtype not in DTYPES:
             wrong.append(f"{name} has type {info.dtype}")
@@ -132,7 +135,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
             names[name] = f"{match['module']}.lora.{_FACTORS[match['factor']]}.kernel"
     if wrong:
         raise InputError(
-            f"{path} is not the LoRA of dense layers in the names of diffusers or PEFT, in {len(wrong)} tensors: "
+            f"{path} is not a UNet's LoRA in the names of diffusers, PEFT or kohya, in {len(wrong)} tensors: "
             f"{'; '.join(wrong)}"
         )
     factors, alphas = {}, {}
@@ -156,8 +159,10 @@ def _require_pairs(path: Path, factors: Mapping[str, np.ndarray], alphas: Mappin
         down, up = (factors.get(f"{module}.lora.{part}.kernel") for part in ("down", "up"))
         if down is None or up is None:
             wrong.append(f"{module} has only one of its two factors")
-        elif down.shape[1] != up.shape[0] or not down.shape[1]:
-            wrong.append(f"{module} has factors of ranks {down.shape[1]} and {up.shape[0]}")
+        elif down.ndim != up.ndim or up.shape[:-2] != (1,) * (up.ndim - 2):
+            wrong.append(f"{module} has factors of shapes {down.shape} and {up.shape}")
+        elif down.shape[-1] != up.shape[-2] or not down.shape[-1]:
+            wrong.append(f"{module} has factors of ranks {down.shape[-1]} and {up.shape[-2]}")
     wrong += [f"{module} has an alpha and no factors" for module in alphas if module not in modules]
     if wrong or not modules:
         raise InputError(f"{path} is not a whole LoRA: {'; '.join(wrong) or 'it is empty'}")
@@ -192,40 +197,3 @@ def _setting(path: Path, settings: Mapping[str, Any], name: str, kind: str, modu
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{path}: {name} in its metadata is {value!r}")
     return float(value)
-
-
-def require_fit(factors: Mapping[str, Any], base: Mapping[str, Any], base_name: str) -> None:
-    """Raises InputError that lists the layers of a LoRA that the base lacks or has in another shape."""
-    wrong = []
-    for module in modules_of(factors):
-        kernel = base.get(f"{module}.kernel")
-        shape = (factors[f"{module}.lora.down.kernel"].shape[0], factors[f"{module}.lora.up.kernel"].shape[1])
-        if kernel is None:
-            wrong.append(f"{module} is not there")
-        elif kernel.shape != shape:
-            wrong.append(f"{module} is {kernel.shape}, the LoRA's is {shape}")
-    if wrong:
-        raise InputError(f"the LoRA does not fit {base_name} in {len(wrong)} layers: {'; '.join(wrong)}")
-
-
-def fuse(base: Mapping[str, np.ndarray], update: Lora) -> dict[str, np.ndarray]:
-    """Returns the base with the LoRA added, in float32, in the base's types; raises InputError as `require_fit`."""
-    require_fit(update.factors, base, "the base")
-    fused, scales = dict(base), update.scales
-    for scale in sorted(set(scales.values())):
-        chosen = {
-            name: leaf for name, leaf in update.factors.items() if scales[name.split(".lora.")[0]] == scale
-        }
-        fused = lora.merge(fused, chosen, scale)
-    return {name: np.asarray(leaf) for name, leaf in fused.items()}
-
-
-def fuse_file(model: str | Path, file: str | Path, out: str | Path, alpha: float | None = None) -> None:
-    """Writes the pipeline, or the bare UNet, `model` with the LoRA of a file fused into the UNet's weights.
-
-    Raises InputError as `read_lora`, `require_fit` and `save_like` do; nothing is written then.
-    """
-    update = read_lora(file, alpha)
-    unet = load_unet(model)
-    require_fit(update.factors, unet.params, str(model))
-    save_like(out, model, fuse(unet.params, update))

@@ -8,9 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sbv2_jax.convert.pipeline import read_schedule
-from sbv2_jax.convert.resolve import resolve
-from sbv2_jax.convert.unets import load_unet, require_alike, save_like
+from sbv2_jax.convert.unets import Model, require_alike, save_model
 from sbv2_jax.errors import InputError
 from sbv2_jax.schedule import ScheduleConfig
 
@@ -40,11 +38,11 @@ def weighted_sum(
     return merged
 
 
-def merge_models(models: Sequence[str | Path], weights: Sequence[float], out: str | Path) -> None:
-    """Writes the first model with the weighted sum of the UNets of all; each is a pipeline or a bare UNet.
+def merge_models(models: Sequence[Model], weights: Sequence[float], out: str | Path) -> None:
+    """Writes the first model with the weighted sum of the UNets of all.
 
     Raises InputError for weights that do not sum to 1, and, listing every difference, for UNets of other shapes
-    or settings and for pipelines of other noise schedules; nothing is written then.
+    or settings and for models of other noise schedules; nothing is written then.
     """
     if len(models) < 2 or len(models) != len(weights):
         raise InputError(
@@ -52,18 +50,16 @@ def merge_models(models: Sequence[str | Path], weights: Sequence[float], out: st
         )
     if not abs(math.fsum(weights) - 1) <= 1e-6:
         raise InputError(f"the weights {', '.join(f'{one:g}' for one in weights)} do not sum to 1")
-    first, *others = unets = [load_unet(model) for model in models]
-    for model, other in zip(models[1:], others, strict=True):
-        require_alike(first, other, str(models[0]), str(model))
-        _require_equal(_settings(first.config), _settings(other.config), f"{model} and {models[0]}")
-    schedules = [
-        _schedule(read_schedule(directory))
-        for directory in map(resolve, models)
-        if (directory / "model_index.json").exists()
-    ]
+    first, *others = models
+    for other in others:
+        require_alike(first, other)
+        names = f"{other.name} and {first.name}"
+        _require_equal(_settings(first.unet.config), _settings(other.unet.config), names)
+    # A UNet on its own says nothing of its schedule.
+    schedules = [_schedule(model) for model in models if model.scheduler is not None]
     for schedule in schedules[1:]:
         _require_equal(schedules[0], schedule, "the pipelines' schedules")
-    save_like(out, models[0], weighted_sum([unet.params for unet in unets], weights))
+    save_model(out, first, weighted_sum([model.unet.params for model in models], weights))
 
 
 def _settings(config: object) -> dict[str, object]:
@@ -71,7 +67,8 @@ def _settings(config: object) -> dict[str, object]:
     return {name: value for name, value in values.items() if name not in _MAY_DIFFER}
 
 
-def _schedule(config: ScheduleConfig) -> dict[str, object]:
+def _schedule(model: Model) -> dict[str, object]:
+    config = ScheduleConfig.from_dict(dict(model.scheduler), model.name)
     return {name: getattr(config, name) for name in _SCHEDULE}
 
 

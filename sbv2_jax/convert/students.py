@@ -1,4 +1,4 @@
-"""A trained student, all of its weights or a LoRA's, as a pipeline directory for one step."""
+"""A trained student, all of its weights or a LoRA's, as a model for one step."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,14 +9,15 @@ import numpy as np
 
 from sbv2_jax import lora
 from sbv2_jax.convert.component import Component, load_component
-from sbv2_jax.convert.lora_files import require_fit
-from sbv2_jax.convert.pipeline import save_pipeline
+from sbv2_jax.convert.fuse import require_fit
+from sbv2_jax.convert.pipeline import one_step_scheduler
+from sbv2_jax.convert.unets import Model
 from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.schedule import ScheduleConfig
 
 
-def save_student(
-    directory: str | Path,
+def student_model(
+    name: str,
     trained: Mapping[str, np.ndarray],
     *,
     base: Path,
@@ -24,29 +25,24 @@ def save_student(
     schedule: ScheduleConfig,
     init: Path,
     lora_scale: float,
-) -> None:
-    """Writes a student as a pipeline from which diffusers draws in one step.
+) -> Model:
+    """Returns a student in the pipeline from which diffusers draws in one step.
 
     Args:
-      directory: a new or empty directory.
+      name: of the model.
       trained: the student's weights, or the factors of its LoRA, which are merged into those of `init`, all
         in float32, with the factor `lora_scale`.
       base: the pipeline that the other parts are taken from.
       config, schedule: of the student's UNet.
       init: the directory of the UNet that the student started from; read for a LoRA only.
 
-    Raises InputError as `save_pipeline` does, and for a LoRA that does not fit `init`.
+    Raises InputError as `load_component` does, and for a LoRA that does not fit `init`.
     """
     weights = dict(trained)
-    if any(lora.is_lora(name) for name in trained):
+    if any(lora.is_lora(leaf) for leaf in trained):
         start = load_component(init, dtype=jnp.float32).params
         require_fit(trained, start, str(init))
         merged = lora.merge(start, weights, lora_scale)
-        weights = {name: np.asarray(leaf) for name, leaf in merged.items()}
-    save_pipeline(
-        directory,
-        base=base,
-        unet=Component(config, weights),
-        scheduler={"_class_name": "DDPMScheduler", **dataclasses.asdict(schedule)},
-        one_step=True,
-    )
+        weights = {leaf: np.asarray(array) for leaf, array in merged.items()}
+    scheduler = one_step_scheduler({"_class_name": "DDPMScheduler", **dataclasses.asdict(schedule)})
+    return Model(name, Component(config, weights), base, scheduler)

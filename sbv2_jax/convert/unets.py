@@ -1,37 +1,56 @@
-"""The UNet of a pipeline, or one on its own: read for arithmetic on weights, and written back in place."""
+"""A UNet and the pipeline around it: opened for arithmetic on weights, and written back in place."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sbv2_jax.convert.component import Component, load_component, load_config, save_component
-from sbv2_jax.convert.pipeline import component_dir, save_pipeline
+from sbv2_jax.convert.component import Component, load_component, save_component
+from sbv2_jax.convert.pipeline import component_dir, load_pipeline, save_pipeline
 from sbv2_jax.convert.resolve import resolve
 from sbv2_jax.tree import require_same
 
 
-def load_unet(model: str | Path) -> Component:
-    """Reads the UNet of a pipeline or a UNet's own directory, in its file's types and as views of the file.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A UNet, under the name that messages give it.
 
-    Raises InputError as `resolve`, `component_dir` and `load_component` do.
+    `pipeline` is the directory of the parts around it and `scheduler` the values of its scheduler_config.json;
+    both are None for a UNet on its own.
     """
-    return load_component(component_dir(resolve(model), "unet"))
+
+    name: str
+    unet: Component
+    pipeline: Path | None = None
+    scheduler: Mapping[str, Any] | None = None
 
 
-def require_alike(model: Component, other: Component, model_name: str, other_name: str) -> None:
+def open_model(model: str | Path) -> Model:
+    """Opens a pipeline, or a UNet on its own; the weights keep their types.
+
+    Raises InputError as `resolve`, `load_component` and `load_pipeline` do.
+    """
+    directory = resolve(model)
+    unet = load_component(component_dir(directory, "unet"))
+    if not (directory / "model_index.json").exists():
+        return Model(str(model), unet)
+    return Model(str(model), unet, directory, load_pipeline(directory).scheduler)
+
+
+def require_alike(model: Model, other: Model) -> None:
     """Raises InputError, listing every leaf, where two UNets are not of the same shapes."""
-    require_same(other.params, model.params, other_name, model_name)
+    require_same(other.unet.params, model.unet.params, other.name, model.name)
 
 
-def save_like(out: str | Path, model: str | Path, params: Mapping[str, np.ndarray]) -> None:
-    """Writes `model` with other weights of its UNet: a pipeline with all its parts, or a UNet on its own.
+def save_model(out: str | Path, model: Model, params: Mapping[str, np.ndarray] | None = None) -> None:
+    """Writes a model, with other weights of its UNet if they are given, as a diffusers directory.
 
     Raises InputError as `save_pipeline` and `save_component` do; nothing is written then.
     """
-    directory = resolve(model)
-    config = load_config(component_dir(directory, "unet"))
-    if (directory / "model_index.json").exists():
-        save_pipeline(out, base=directory, unet=Component(config, dict(params)))
+    unet = model.unet if params is None else Component(model.unet.config, dict(params))
+    if model.pipeline is None:
+        save_component(out, unet.config, unet.params)
     else:
-        save_component(out, config, params)
+        save_pipeline(out, base=model.pipeline, unet=unet, scheduler=model.scheduler)

@@ -1,0 +1,88 @@
+"""What a run's checkpoints hold: its arrays, its configuration, and its student as a model."""
+
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sbv2_jax import checkpoint
+from sbv2_jax.checkpoint.manifest import flatten
+from sbv2_jax.convert import unets
+from sbv2_jax.convert.students import student_model
+from sbv2_jax.convert.unets import Model
+from sbv2_jax.errors import InputError
+from sbv2_jax.parts import Parts, read_parts
+
+CHECKPOINTS = "checkpoints"
+# What a configuration must say for its checkpoint to be converted.
+_NEEDED = (
+    "teacher",
+    "architecture",
+    "student.init",
+    "student.mode",
+    "student.lora.rank",
+    "student.lora.alpha",
+    "score.rank",
+    "score.alpha",
+    "ema",
+)
+
+
+def read_run(run: str | Path, step: int | None, prefix: str) -> tuple[int, dict[str, np.ndarray], ConfigDict]:
+    """Returns a checkpoint's step, its arrays whose names start with `prefix`, and the run's configuration.
+
+    Without a `step` it is the newest one that verifies; the run may be training. Raises InputError for a
+    directory that holds no distillation's checkpoints, and for a step that does not verify.
+    """
+    checkpoints = Path(run) / CHECKPOINTS
+    found, arrays, manifest = checkpoint.load(checkpoints, step, prefix)
+    known = flatten(manifest.config)
+    if missing := [name for name in _NEEDED if name not in known]:
+        raise InputError(f"{checkpoints} is not of a distillation: its config lacks {', '.join(missing)}")
+    return found, arrays, ConfigDict(manifest.config)
+
+
+def student_of(
+    run: str | Path, *, step: int | None = None, which: str | None = None, base: str | None = None
+) -> tuple[int, Model]:
+    """Returns a checkpoint's step and its student, in the teacher's pipeline.
+
+    Args:
+      run, step: as for `read_run`.
+      which: "student" or "ema"; without it, the average where the run keeps one.
+      base: the teacher's pipeline, where it is no longer where the run found it.
+
+    Raises InputError as `read_run` does, and for parts that are missing or do not fit.
+    """
+    if which is None:
+        # a scalar: only the configuration is wanted
+        which = "ema" if read_run(run, step, "step")[2].ema else "student"
+    found, trained, config = read_run(run, step, f"{which}.")
+    if base is not None:
+        config.teacher = base
+    config.clip.model = ""  # its loss is not needed any more
+    lora = config.student.lora
+    return found, model_of(str(run), trained, read_parts(config), lora.alpha / lora.rank)
+
+
+def model_of(name: str, trained: dict[str, np.ndarray], parts: Parts, lora_scale: float) -> Model:
+    """Returns a run's student, of these weights or factors of its LoRA, in the teacher's pipeline."""
+    return student_model(
+        name,
+        trained,
+        base=parts.pipeline,
+        config=parts.student.config,
+        schedule=parts.student_schedule,
+        init=parts.student.directory,
+        lora_scale=lora_scale,
+    )
+
+
+def open_model(model: str | Path) -> Model:
+    """Opens a pipeline, a UNet on its own, or a run, which stands for its newest student that verifies.
+
+    Raises InputError as `unets.open_model` and `student_of` do.
+    """
+    if (Path(model) / CHECKPOINTS).is_dir():
+        return student_of(model)[1]
+    return unets.open_model(model)
