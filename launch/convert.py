@@ -3,6 +3,7 @@
 python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=student|ema|teacher] [--base=TEACHER]
 python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR
 python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR
+python launch/convert.py from-openclip --model=DIR --out=DIR
 python launch/convert.py lora --run=RUN --out=FILE.safetensors [--step=N] [--which=student|ema|score]
 python launch/convert.py fuse --model=DIR --lora=FILE.safetensors --out=DIR [--alpha=A]
 python launch/convert.py merge --model=DIR_OR_RUN --weight=0.5 --model=DIR_OR_RUN --weight=0.5 --out=DIR
@@ -34,6 +35,7 @@ _COMMANDS = {
     "to-diffusers": (("run", "out"), ("step", "which", "base")),
     "to-diffusers --model": (("model", "out"), ()),
     "from-diffusers": (("model", "out"), ()),
+    "from-openclip": (("model", "out"), ()),
     "lora": (("run", "out"), ("step", "which")),
     "fuse": (("model", "lora", "out"), ("alpha",)),
     "merge": (("model", "weight", "out"), ()),
@@ -48,12 +50,14 @@ def main(command: str) -> None:
         raise InputError(f"{command} takes one --model")
     # jax is loaded only once the flags are right
     from sbv2_jax import export
-    from sbv2_jax.convert import extract, fuse, layouts, listing, merge
+    from sbv2_jax.convert import extract, fuse, layouts, listing, merge, openclip
     from sbv2_jax.runs import open_model
 
     model = _MODEL.value[0] if _MODEL.value else None
     if command == "from-diffusers" or command == "to-diffusers" and model:
         layouts.rewrite(model, _OUT.value, orbax=command == "from-diffusers")
+    elif command == "from-openclip":
+        openclip.convert(model, _OUT.value)
     elif command == "to-diffusers":
         step = export.export_checkpoint(
             _RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value, base=_BASE.value

@@ -1,0 +1,252 @@
+"""OpenCLIP's own files, `open_clip_config.json` and weights, to a CLIP in the layout of transformers.
+
+OpenCLIP keeps the names of OpenAI's release: query, key and value in one tensor, and projections that multiply
+from the right.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sbv2_jax.convert.component import write_component
+from sbv2_jax.convert.files import existing_directory, file_of, new_directory, read_json
+from sbv2_jax.convert.names import params_from_torch, to_torch, torch_names
+from sbv2_jax.convert.safetensors_io import DTYPES, TensorInfo
+from sbv2_jax.convert.side_files import copy_clip_files, write_preprocessor
+from sbv2_jax.convert.weights import open_weights
+from sbv2_jax.errors import InputError
+from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from sbv2_jax.models.clip_image import CLIP_MEAN, CLIP_STD, CLIPImageConfig
+from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.registry import network
+from sbv2_jax.tree import Shapes
+
+# From the names of transformers to those of OpenCLIP, in this order.
+_RENAMED = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.": "",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.": "visual.",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    "visual_projection.weight": "visual.proj",
+    ".layer_norm": ".ln_",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+    ".self_attn.": ".attn.",
+}
+_THIRDS = ("q_proj.", "k_proj.", "v_proj.")
+_TRANSPOSED = ("text_projection", "visual.proj")
+# What files of early versions hold besides parameters.
+_NOT_READ = frozenset({"attn_mask", "context_length", "input_resolution", "vocab_size"})
+# Variants of the transformer block, and of the layer that ends a tower: all of them off.
+_PLAIN = {
+    "ls_init_value": (None,),
+    "final_ln_after_pool": (False,),
+    "act_kwargs": (None, {}),
+    "norm_kwargs": (None, {}),
+    "block_type": (None, "default"),
+    "qk_norm": (False,),
+    "scaled_cosine_attn": (False,),
+    "scale_heads": (False,),
+    "scale_attn_inner": (False,),
+    "scale_attn": (False,),
+    "scale_fc": (False,),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Vision(ModelConfig):
+    FIXED = _PLAIN | {
+        "attentional_pool": (False,),
+        "no_ln_pre": (False,),
+        "pos_embed_type": ("learnable",),
+        "pool_type": ("tok",),
+        "global_average_pool": (False,),
+        "input_patchnorm": (False,),
+        "timm_model_name": (None,),
+    }
+    IGNORED = frozenset({"patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads"})
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Text(ModelConfig):
+    FIXED = _PLAIN | {
+        "embed_cls": (False,),
+        "no_causal_mask": (False,),
+        "pool_type": ("argmax",),
+        "proj_bias": (False,),
+        "proj_type": ("linear",),
+        "hf_model_name": (None,),
+    }
+    IGNORED = frozenset(
+        {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "output_tokens", "pad_id", "eos_id"}
+    )
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Model(ModelConfig):
+    FIXED = {"nonscalar_logit_scale": (False,), "init_logit_bias": (None,), "custom_text": (False,)}
+    IGNORED = frozenset({"init_logit_scale", "cast_dtype", "output_dict", "vision_cfg", "text_cfg"})
+
+    embed_dim: int
+    quick_gelu: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pictures(ModelConfig):
+    # The side is the network's; how another shape is made square does not matter to a square picture.
+    FIXED = {"mode": ("RGB",), "interpolation": ("bicubic",)}
+    IGNORED = frozenset({"size", "resize_mode", "fill_color"})
+
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+
+class _Source(NamedTuple):
+    """Where a parameter is in OpenCLIP's file: the tensor's name and shape, and which third of it, or None."""
+
+    name: str
+    shape: tuple[int, ...]
+    third: int | None
+
+
+def convert(directory: str | Path, out: str | Path) -> None:
+    """Writes a CLIP of OpenCLIP as a directory that transformers, and this package, load; types are kept.
+
+    `directory` holds `open_clip_config.json` and `open_clip_model.safetensors`; a tokenizer that lies there too is
+    copied. Raises InputError for settings that a CLIP of transformers does not have, and one that lists every
+    missing and unexpected tensor, every wrong shape and type; nothing is written then.
+    """
+    directory = existing_directory(directory)
+    config, image = read_config(file_of(directory, "open_clip_config.json"))
+    weights = open_weights(directory, "open_clip_model")
+    sources = _sources(network(config).shapes)
+    _match(weights.infos, sources, str(directory))
+    read = dict(weights.read({source.name for source in sources.values()}, mapped=True))
+    tensors = {name: _tensor(read[source.name], source) for name, source in sources.items()}
+    params = params_from_torch(tensors, network(config).shapes)
+    with new_directory(out) as partial:
+        write_component(partial, config, params)
+        copy_clip_files(directory, partial)
+        write_preprocessor(partial, image)  # over one that was copied
+
+
+def read_config(path: Path) -> tuple[CLIPConfig, CLIPImageConfig]:
+    """Reads an `open_clip_config.json`: the network, and how it takes its pictures.
+
+    Raises InputError that names the file and lists every field that is unknown or not supported.
+    """
+    values = read_json(path)
+    model = values.get("model_cfg")
+    towers = [model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg")]
+    pictures = values.get("preprocess_cfg", {})
+    if not all(isinstance(one, dict) for one in (*towers, pictures)):
+        raise InputError(f"{path} has no model_cfg with a vision_cfg and a text_cfg")
+    vision = _Vision.from_dict(towers[0], f"{path}, vision_cfg")
+    text = _Text.from_dict(towers[1], f"{path}, text_cfg")
+    both = _Model.from_dict(model, f"{path}, model_cfg")
+    taken = _Pictures.from_dict(pictures, f"{path}, preprocess_cfg")
+    try:
+        return _to_transformers(both, vision, text), CLIPImageConfig(
+            size=vision.image_size, crop_size=vision.image_size, image_mean=taken.mean, image_std=taken.std
+        )
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _to_transformers(both: _Model, vision: _Vision, text: _Text) -> CLIPConfig:
+    shared = {
+        "hidden_act": "quick_gelu" if both.quick_gelu else "gelu",
+        "projection_dim": both.embed_dim,
+    }
+    return CLIPConfig(
+        architectures=("CLIPModel",),
+        projection_dim=both.embed_dim,
+        text_config=CLIPTextConfig(
+            hidden_size=text.width,
+            intermediate_size=int(text.width * text.mlp_ratio),
+            num_attention_heads=text.heads,
+            num_hidden_layers=text.layers,
+            vocab_size=text.vocab_size,
+            max_position_embeddings=text.context_length,
+            # OpenCLIP takes the largest id of a text as its end: the last of the vocabulary.
+            bos_token_id=text.vocab_size - 2,
+            eos_token_id=text.vocab_size - 1,
+            pad_token_id=0,
+            **shared,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=vision.width,
+            intermediate_size=int(vision.width * vision.mlp_ratio),
+            num_attention_heads=vision.width // vision.head_width,
+            num_hidden_layers=vision.layers,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            **shared,
+        ),
+    )
+
+
+def _sources(shapes: Shapes) -> dict[str, _Source]:
+    """Returns where every parameter, by the name of transformers, is to be found."""
+    return {
+        name: _source(name, to_torch(ours, np.broadcast_to(np.float32(0), shapes[ours].shape)).shape)
+        for name, ours in torch_names(shapes).items()
+    }
+
+
+def _source(name: str, shape: tuple[int, ...]) -> _Source:
+    for theirs, original in _RENAMED.items():
+        name = name.replace(theirs, original)
+    for third, part in enumerate(_THIRDS):
+        if part in name:
+            return _Source(name.replace(part, "in_proj_"), (3 * shape[0], *shape[1:]), third)
+    return _Source(name, shape[::-1] if name in _TRANSPOSED else shape, None)
+
+
+def _tensor(array: np.ndarray, source: _Source) -> np.ndarray:
+    if source.third is not None:
+        return np.split(array, 3)[source.third]
+    return array.T if source.name in _TRANSPOSED else array
+
+
+def _match(infos: Mapping[str, TensorInfo], sources: Mapping[str, _Source], directory: str) -> None:
+    shapes: dict[str, Any] = {source.name: source.shape for source in sources.values()}
+    wrong = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in infos]
+    for name, info in infos.items():
+        if name in _NOT_READ:
+            continue
+        if name not in shapes:
+            wrong.append(f"unexpected {ascii(name)[1:-1]} {info.shape}")
+            continue
+        if info.shape != shapes[name]:
+            wrong.append(f"{name} has shape {info.shape}, expected {shapes[name]}")
+        if info.dtype not in DTYPES:
+            wrong.append(f"{name} has type {info.dtype}, expected one of {', '.join(DTYPES)}")
+    if wrong:
+        raise InputError(
+            f"{directory} does not fit its open_clip_config.json in {len(wrong)} tensors: {'; '.join(wrong)}"
+        )
