@@ -1,6 +1,7 @@
 """Converts checkpoints: out of a run into diffusers, to and from Orbax and LoRA files, and one with another.
 
 python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=student|ema|teacher] [--base=TEACHER]
+    [--push_to_hub=OWNER/NAME]
 python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR
 python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR
 python launch/convert.py from-openclip --model=DIR --out=DIR
@@ -28,11 +29,12 @@ _WEIGHT = flags.DEFINE_multi_float("weight", None, "The weight of each model of 
 _LORA = flags.DEFINE_string("lora", None, "A LoRA file to fuse.")
 _ALPHA = flags.DEFINE_float("alpha", None, "The alpha of a LoRA file that does not say it.")
 _RANK = flags.DEFINE_integer("rank", None, "The rank of the extracted LoRA.", lower_bound=1)
+_PUSH = flags.DEFINE_string("push_to_hub", None, "OWNER/NAME to upload the result to, with a model card.")
 _OUT = flags.DEFINE_string("out", None, "The directory or file to write; nothing is overwritten.")
 
 # The flags that each command needs, and those that it may have.
 _COMMANDS = {
-    "to-diffusers": (("run", "out"), ("step", "which", "base")),
+    "to-diffusers": (("run", "out"), ("step", "which", "base", "push_to_hub")),
     "to-diffusers --model": (("model", "out"), ()),
     "from-diffusers": (("model", "out"), ()),
     "from-openclip": (("model", "out"), ()),
@@ -49,7 +51,7 @@ def main(command: str) -> None:
     if command != "merge" and len(_MODEL.value or []) > 1:
         raise InputError(f"{command} takes one --model")
     # jax is loaded only once the flags are right
-    from sbv2_jax import export
+    from sbv2_jax import export, hub
     from sbv2_jax.convert import extract, fuse, layouts, listing, merge, openclip
     from sbv2_jax.runs import open_model
 
@@ -59,10 +61,17 @@ def main(command: str) -> None:
     elif command == "from-openclip":
         openclip.convert(model, _OUT.value)
     elif command == "to-diffusers":
+        if _PUSH.value is not None:
+            hub.check_repository(_PUSH.value, _WHICH.value)
         step = export.export_checkpoint(
             _RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value, base=_BASE.value
         )
         print(f"wrote {_OUT.value} from step {step}")
+        if _PUSH.value is not None:
+            hub.write_card(
+                _OUT.value, _PUSH.value, _RUN.value, step=step, which=_WHICH.value, base=_BASE.value
+            )
+            print(f"uploaded {hub.push(_OUT.value, _PUSH.value)}")
     elif command == "lora":
         step = export.export_lora(_RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value or "student")
         print(f"wrote {_OUT.value} from step {step}")

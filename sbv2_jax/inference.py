@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbv2_jax import samplers
-from sbv2_jax.convert.pipeline import load_pipeline
+from sbv2_jax.convert.component import Component
+from sbv2_jax.convert.pipeline import PipelineParts, load_pipeline, save_pipeline
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.registry import network
@@ -104,6 +105,7 @@ class Pipeline:
     params: GeneratorParams
     tokenizer: Tokenizer
     latent_shape: tuple[int, int, int]
+    parts: PipelineParts
 
     def __call__(
         self,
@@ -137,6 +139,18 @@ class Pipeline:
         )
         return to_uint8(images)
 
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the pipeline, with the weights in `params`, as a directory that diffusers loads.
+
+        The other files are those of the directory that it was loaded from. Raises InputError for a directory that
+        is not empty or cannot be written, and for weights that do not fit; nothing is written then.
+        """
+        networks = {
+            name: Component(self.parts.configs[name], jax.device_get(getattr(self.params, name)))
+            for name in ("unet", "text_encoder", "vae")
+        }
+        save_pipeline(directory, base=self.parts.directory, **networks)
+
     @functools.cache  # noqa: B019 (as long-lived as the pipeline; a compiled program is kept for each setting)
     def _generate(self, steps: int, guidance: float, sampler: str) -> Any:
         settings = {"steps": steps, "guidance": guidance, "sampler": sampler}
@@ -158,15 +172,17 @@ def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
     Raises InputError for a path that is missing and for files that do not fit the networks.
     """
     parts = load_pipeline(path_or_id, dtype=dtype)
+    unet, text_encoder, vae = (parts.configs[name] for name in ("unet", "text_encoder", "vae"))
     generator = Generator(
-        unet=network(parts.unet.config),
+        unet=network(unet),
         schedule=make_schedule(parts.schedule_config),
-        text_encoder=network(parts.text_encoder.config),
-        vae=network(parts.vae.config),
-        scaling_factor=parts.vae.config.scaling_factor,
+        text_encoder=network(text_encoder),
+        vae=network(vae),
+        scaling_factor=vae.scaling_factor,
     )
+    # Not the cached parts: they would stay on the host as well.
     params = GeneratorParams(
-        *(jax.device_put(part.params) for part in (parts.unet, parts.text_encoder, parts.vae))
+        *(jax.device_put(parts.component(name).params) for name in ("unet", "text_encoder", "vae"))
     )
-    size = parts.unet.config.sample_size
-    return Pipeline(generator, params, parts.tokenizer, (size, size, parts.unet.config.in_channels))
+    shape = (unet.sample_size, unet.sample_size, unet.in_channels)
+    return Pipeline(generator, params, parts.tokenizer, shape, parts)

@@ -56,13 +56,18 @@ def student_of(
     """
     if which is None:
         # a scalar: only the configuration is wanted
-        which = "ema" if read_run(run, step, "step")[2].ema else "student"
+        which = kept_student(read_run(run, step, "step")[2])
     found, trained, config = read_run(run, step, f"{which}.")
     if base is not None:
         config.teacher = base
     config.clip.model = ""  # its loss is not needed any more
     lora = config.student.lora
     return found, model_of(str(run), trained, read_parts(config), lora.alpha / lora.rank)
+
+
+def kept_student(config: ConfigDict) -> str:
+    """Returns which student stands for a run where none is asked for: "ema" where it keeps an average."""
+    return "ema" if config.ema else "student"
 
 
 def model_of(name: str, trained: dict[str, np.ndarray], parts: Parts, lora_scale: float) -> Model:

@@ -323,6 +323,7 @@ COMMANDS = {
         "to-diffusers --model does not take --step",
     ),
     "no such choice": (("lora", "--run={}/low", "--out={}/x", "--which=tacher"), "--which=tacher"),
+    "no repository": (("to-diffusers", "--run={}/x", "--out={}/x", "--push_to_hub=a"), "a is not OWNER/NAME"),
     "no such run": (("to-diffusers", "--run={}/none", "--out={}/x"), "no checkpoint in"),
 }
 

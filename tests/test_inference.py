@@ -1,5 +1,7 @@
 """Pictures from a pipeline directory against diffusers' own pipeline on the same noise, and the pure function."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from tiny_pipeline import write_pipeline
 
 import sbv2_jax
+from sbv2_jax.convert.component import load_component
 from sbv2_jax.draw import draw
 from sbv2_jax.errors import InputError
 from sbv2_jax.inference import Pipeline, initial_noise
@@ -60,6 +63,26 @@ def test_one_step_is_the_x0_that_diffusers_predicts(ours, directory, rng):
         images = theirs.vae.decode(x0 / theirs.vae.config.scaling_factor).sample
     want = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert np.abs(ours(PROMPTS, noise=noise) / 255.0 - want).max() < 1 / 255
+
+
+def test_a_pipeline_is_saved_with_the_weights_that_it_has(ours, directory, tmp_path, rng):
+    noise = rng.standard_normal((2, 8, 8, 4), np.float32)
+    unet = {name: 1.1 * leaf for name, leaf in ours.params.unet.items()}
+    changed = dataclasses.replace(ours, params=dataclasses.replace(ours.params, unet=unet))
+    changed.save_pretrained(tmp_path / "out")
+    saved = load_component(tmp_path / "out" / "unet").params
+    assert all(np.array_equal(saved[name], unet[name]) for name in unet)
+    again = sbv2_jax.load(tmp_path / "out")
+    assert all(np.array_equal(again.params.vae[name], leaf) for name, leaf in ours.params.vae.items())
+    theirs = TorchPipeline.from_pretrained(tmp_path / "out")
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    want = theirs(PROMPTS, latents=nchw(noise), **settings).images
+    got = changed(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler="ddim")
+    assert np.abs(got / 255.0 - want).max() < 2 / 255
+    with pytest.raises(InputError, match="not empty; nothing was written"):
+        ours.save_pretrained(tmp_path / "out")
 
 
 def test_a_picture_depends_on_its_prompt_seed_and_index_alone(ours):

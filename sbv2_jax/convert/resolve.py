@@ -47,6 +47,12 @@ def resolve(path_or_id: str | Path) -> Path:
     return _from_hub(match["id"], match["revision"])
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `resolve` would ask the hub for what has this name."""
+    path = Path(name).expanduser()
+    return bool(_HUB_ID.fullmatch(name)) and not _exists(path) and not _exists(path.parent)
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
