@@ -314,7 +314,7 @@ def test_differences_of_names_shapes_and_types(tmp_path):
 
 
 COMMANDS = {
-    "no command": ((), "one command is expected: to-diffusers, from-diffusers, lora"),
+    "no command": ((), "one command is expected: to-diffusers, from-diffusers, from-openclip"),
     "misspelt command": (("to-difusers",), "did you mean to-diffusers?"),
     "missing flags": (("fuse", "--model={}/pipeline"), "fuse needs --lora, --out"),
     "stray flag": (("inspect", "--model={}/pipeline", "--rank=2"), "inspect does not take --rank"),
