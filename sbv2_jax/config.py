@@ -11,7 +11,7 @@ from sbv2_jax.errors import InputError
 from sbv2_jax.fields import Check, check_fields, either, number, one_of, regex, strings, text, whole
 
 # Fields that a resumed run may change freely: they do not alter the numbers of a step already taken.
-MAY_CHANGE = ("steps", "checkpoint", "sample", "mesh")
+MAY_CHANGE = ("steps", "checkpoint", "sample", "mesh", "student.lora.init")
 
 
 FIELDS: dict[str, Check] = {
@@ -29,6 +29,7 @@ FIELDS: dict[str, Check] = {
     "student.lora.rank": whole(1),
     "student.lora.alpha": number(0, above=True),
     "student.lora.targets": regex,
+    "student.lora.init": text(empty=True),
     "score.lr": number(0, above=True),
     "score.rank": whole(1),
     "score.alpha": number(0, above=True),
@@ -91,6 +92,9 @@ def default_config() -> ConfigDict:
     config.student.lora.rank = 256
     config.student.lora.alpha = 512.0  # the update is scaled by alpha / rank
     config.student.lora.targets = r".*\.attn[12]\.to_(q|k|v|out\.0)"  # full match on the module's path
+    config.student.lora.init = (
+        ""  # a LoRA file to start from: the same layers, rank and alpha; "" starts anew
+    )
 
     config.score = ConfigDict()  # the LoRA on the teacher that follows the student's distribution
     config.score.lr = 1e-3
@@ -232,6 +236,10 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
     yield (
         vsd.weight == 0 and clip.weight == 0,
         "config.vsd.weight and config.clip.weight are both 0: nothing trains the student",
+    )
+    yield (
+        config.student.lora.init != "" and config.student.mode != "lora",
+        f"config.student.lora.init = {config.student.lora.init!r} needs config.student.mode = 'lora'",
     )
     yield (
         optimizer.warmup >= config.steps,

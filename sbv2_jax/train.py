@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from sbv2_jax.assemble import Run, assemble
 from sbv2_jax.checkpoint import Checkpoints
+from sbv2_jax.checkpoint.files import step_numbers
 from sbv2_jax.config import MAY_CHANGE, check_mesh, validate
 from sbv2_jax.data.prompts import open_prompts, prompt_batches
 from sbv2_jax.errors import InputError
@@ -21,7 +22,7 @@ from sbv2_jax.report import dry_run as dry_run_report
 from sbv2_jax.sharding import batch_sharding, constrain_batch, make_mesh, shardings
 from sbv2_jax.steps import Batch, make_train_step
 from sbv2_jax.tokenizer import Tokenizer, load_tokenizer
-from sbv2_jax.weights import load_frozen, load_state
+from sbv2_jax.weights import load_frozen, load_state, read_start
 
 # So many steps in a row without a finite loss: the run has diverged and no longer recovers.
 MOST_SKIPPED = 20
@@ -45,6 +46,10 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
     source = open_prompts(config.prompts)
     tokenizers = load_tokenizers(run)
     batches = prompt_batches(source, config.batch_size, config.seed)  # fails here, before a directory is made
+
+    start = None
+    if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
+        start = read_start(run, config.student.lora.init)
 
     state_shardings = shardings(run.state_shapes, mesh)
     frozen_shardings = shardings(run.frozen_shapes, mesh)
@@ -75,7 +80,7 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
             state_shardings,
         )
         restored = checkpoints.restore(abstract)
-        first, state = restored[:2] if restored else (0, load_state(run, state_shardings))
+        first, state = restored[:2] if restored else (0, load_state(run, state_shardings, start))
         write_config(workdir / "config.json", config)
         grid = None
         if config.sample.every:

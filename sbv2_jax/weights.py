@@ -1,5 +1,7 @@
 """The weights of a run: loaded onto their shardings, or made at step 0."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,11 @@ import numpy as np
 from sbv2_jax import lora
 from sbv2_jax.assemble import Run
 from sbv2_jax.convert.component import load_component
+from sbv2_jax.convert.lora_files import modules_of, read_lora
+from sbv2_jax.errors import InputError
 from sbv2_jax.parts import Part
 from sbv2_jax.state import Frozen, TrainState, init_state
-from sbv2_jax.tree import Params
+from sbv2_jax.tree import Params, require_same
 
 
 def load_frozen(run: Run, null_ids: np.ndarray, placement: Frozen) -> Frozen:
@@ -39,11 +43,34 @@ def load_frozen(run: Run, null_ids: np.ndarray, placement: Frozen) -> Frozen:
     )
 
 
-def load_state(run: Run, placement: TrainState) -> TrainState:
-    """Makes the state at step 0: float32 masters of the student's weights, or a new LoRA, and the score's LoRA."""
+def read_start(run: Run, file: str) -> dict[str, np.ndarray]:
+    """Reads the LoRA file that the student's LoRA starts from, in float32.
+
+    Raises InputError as `read_lora` does, and, listing every difference, for other layers, another rank or
+    another strength, alpha / rank, than the run's.
+    """
+    shapes, scale = run.state_shapes.student, run.objective.student_lora_scale
+    start = read_lora(file, layers=modules_of(shapes))
+    require_same(start.factors, shapes, file, "config.student.lora")
+    if wrong := [
+        f"{module} has {found:g}"
+        for module, found in start.scales.items()
+        if not math.isclose(found, scale, rel_tol=1e-6)
+    ]:
+        raise InputError(
+            f"{file} has another alpha / rank than config.student.lora, {scale:g}: {'; '.join(wrong)}"
+        )
+    return dict(start.factors)
+
+
+def load_state(run: Run, placement: TrainState, start: dict[str, np.ndarray] | None = None) -> TrainState:
+    """Makes the state at step 0: float32 masters of the student's weights, or its LoRA, and the score's LoRA.
+
+    `start` holds the factors that the student's LoRA starts from, in place of new ones.
+    """
     score = place(lora.split(run.models.score.init(run.seed))[1], placement.score)
     if run.lora_student:
-        student = lora.split(run.models.student.init(run.seed + 1))[1]
+        student = start or lora.split(run.models.student.init(run.seed + 1))[1]
     else:
         student = load_component(run.parts.student.directory, dtype=jnp.float32).params
     student = place(student, placement.student)

@@ -111,7 +111,7 @@ def read_lora(path: str | Path, alpha: float | None = None, *, layers: Collectio
         alphas = dict.fromkeys(ranks, alpha)
     if not alphas:
         raise InputError(
-            f"{path} does not say its alpha: give --alpha (where it was not recorded it is often the rank, "
+            f"{path} does not say its alpha: `convert.py fuse` takes --alpha (not recorded, it is often the rank, "
             f"here {', '.join(map(str, sorted(set(ranks.values()))))})"
         )
     if wrong := [module for module in ranks if not math.isfinite(alphas.get(module, math.nan))]:
