@@ -20,6 +20,7 @@ from transformers import CLIPModel as TorchCLIP
 
 import sbv2_jax
 from sbv2_jax.assemble import assemble
+from sbv2_jax.checkpoint.manifest import json_digest
 from sbv2_jax.config import default_config
 from sbv2_jax.convert import listing
 from sbv2_jax.convert.component import check_component, load_component, write_component
@@ -195,6 +196,32 @@ def edit(unet: Path) -> None:
     sealed = json.loads(path.read_text())
     sealed["body"]["leaves"]["conv_in.bias"]["sha256"] = "0" * 64
     path.write_text(json.dumps(sealed))
+
+
+def resealed(body: object):
+    """A manifest that is sealed and says something else."""
+
+    def spoil(unet: Path) -> None:
+        sealed = {"format": 1, "sha256": json_digest(body), "body": body}
+        (unet / "orbax" / "manifest.json").write_text(json.dumps(sealed))
+
+    return spoil
+
+
+MANIFEST = {"step": 0, "config": {}, "config_sha256": "", "fingerprint": "", "extra": {}, "versions": {}}
+WRONG_MANIFESTS = [
+    3,
+    {},
+    {"step": 0},
+    MANIFEST | {"files": {}, "leaves": {"x": 3}},
+    MANIFEST | {"files": {}, "leaves": []},
+]
+
+
+@pytest.mark.parametrize("body", WRONG_MANIFESTS, ids=lambda body: str(body)[-25:])
+def test_a_manifest_that_is_none_is_refused(unet, body):
+    resealed(body)(unet)
+    refused(unet, "cannot be used: its manifest is not one")
 
 
 REFUSED = {

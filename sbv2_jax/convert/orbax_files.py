@@ -52,10 +52,12 @@ def check_params(directory: Path, shapes: Shapes) -> Manifest:
         raise InputError(f"{folder} holds symbolic links: {', '.join(links)}")
     try:
         manifest = read_manifest(folder, 0)
+        stored = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in manifest.leaves.items()}
     except CheckpointError as error:
         raise InputError(f"{folder} cannot be used: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} cannot be used: its manifest is not one ({error!r})") from error
     known = [str(dtype) for dtype in DTYPES.values()]
-    stored = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in manifest.leaves.items()}
     wrong = [f"missing {name} {shape.shape}" for name, shape in shapes.items() if name not in stored]
     for name, (shape, dtype) in stored.items():
         if name not in shapes:
@@ -79,14 +81,20 @@ def read_params(directory: Path, shapes: Shapes) -> dict[str, np.ndarray]:
     arrays that are not what was written.
     """
     manifest = check_params(directory, shapes)
-    args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in shapes}
+    # Only what the network has is read, whatever else the files hold.
+    args = ocp.args.PyTreeRestore(
+        item={
+            name: jax.ShapeDtypeStruct(shape.shape, manifest.leaves[name]["dtype"])
+            for name, shape in shapes.items()
+        },
+        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in shapes},
+        partial_restore=True,
+    )
     options = _this_process()
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         try:
-            params = checkpointer.restore(
-                (directory / FOLDER / "state").absolute(), args=ocp.args.PyTreeRestore(restore_args=args)
-            )
+            params = checkpointer.restore((directory / FOLDER / "state").absolute(), args=args)
         except Exception as error:  # noqa: BLE001 (damaged files raise whatever their decoder raises)
             reason = " ".join(str(error).split())[:300]
             raise InputError(
