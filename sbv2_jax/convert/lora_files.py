@@ -17,13 +17,14 @@ from sbv2_jax.convert.kohya import diffusers_names
 from sbv2_jax.convert.names import to_ours, to_torch
 from sbv2_jax.convert.safetensors_io import DTYPES, read_header, read_tensors
 from sbv2_jax.errors import InputError
+from sbv2_jax.models.clip import tensors_of_file
 
 # Without it diffusers takes alpha = rank, and the update comes back weaker or stronger than it was.
 _METADATA = "lora_adapter_metadata"
 _PREFIX = "unet."
 _FACTORS = {"lora_A": "down", "lora_B": "up", "lora.down": "down", "lora.up": "up"}
 _TENSOR = re.compile(
-    rf"(?:base_model\.model\.)?(?:{re.escape(_PREFIX)})?(?P<module>\w[\w.]*?)\."
+    r"(?:base_model\.model\.)?(?:(?P<part>unet|text_encoder)\.)?(?P<module>\w[\w.]*?)\."
     r"(?:(?P<factor>lora_A|lora_B|lora\.down|lora\.up)\.weight|(?P<alpha>alpha))"
 )
 # Variants of LoRA whose update is not alpha / rank * B A.
@@ -32,7 +33,7 @@ _UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lora:
-    """A UNet's LoRA: `<module>.lora.down.kernel` [in, r], `<module>.lora.up.kernel` [r, out], alpha by module.
+    """A network's LoRA: `<module>.lora.down.kernel` [in, r], `<module>.lora.up.kernel` [r, out], alpha by module.
 
     Those of a convolution are [h, w, in, r] and [1, 1, r, out].
     """
@@ -82,74 +83,112 @@ def save_lora(path: str | Path, factors: Mapping[str, np.ndarray], alpha: float)
 
 
 def read_lora(path: str | Path, alpha: float | None = None, *, layers: Collection[str] = ()) -> Lora:
-    """Reads a UNet's LoRA from a safetensors file, spelled `lora_A`/`lora_B`, `lora.down`/`lora.up` or by kohya.
+    """Reads a LoRA of the UNet alone, as `read_loras` does; raises InputError for one of the text encoder too."""
+    loras = read_loras(path, alpha, {"unet": layers})
+    if set(loras) != {"unet"}:
+        raise InputError(f"{path} is not a LoRA of the UNet alone, but of {' and '.join(loras)}")
+    return loras["unet"]
 
-    `layers` are the paths of the network's layers, which kohya's names cannot be read without. Alpha comes from
-    the file's metadata or its `.alpha` tensors; for a file that has neither it must be given.
-    Raises InputError that lists the tensors that are none of a UNet's LoRA, lack their other half or have
-    another rank than the metadata say, and for variants of LoRA (DoRA, rank-stabilised, with biases).
+
+def read_loras(
+    path: str | Path, alpha: float | None, layers: Mapping[str, Collection[str]]
+) -> dict[str, Lora]:
+    """Reads the LoRAs of a safetensors file, of "unet" and "text_encoder", one of them or both.
+
+    They are spelled `lora_A`/`lora_B`, `lora.down`/`lora.up`, or by kohya, whose names cannot be read without the
+    paths of the networks' `layers`. Alpha comes from the file's metadata or its `.alpha` tensors; for a LoRA that
+    has neither it must be given.
+    Raises InputError that lists the tensors that are none of a LoRA, lack their other half or have another rank
+    than the metadata say, and for variants of LoRA (DoRA, rank-stabilised, with biases).
     """
     path = Path(path)
-    factors, alphas = _read_tensors(path, layers)
-    ranks = {module: factors[f"{module}.lora.down.kernel"].shape[-1] for module in modules_of(factors)}
-    settings = _read_settings(path)
-    if settings and alphas:
-        raise InputError(f"{path} says alpha twice: in its metadata and in .alpha tensors")
-    if settings:
-        alphas = {module: _setting(path, settings, "lora_alpha", "alpha", module) for module in ranks}
-        said = {module: _setting(path, settings, "r", "rank", module) for module in ranks}
-        wrong = [
-            f"{module} has {rank}, not {said[module]:g}"
-            for module, rank in ranks.items()
-            if rank != said[module]
-        ]
-        if wrong:
-            raise InputError(f"{path} has other ranks than its metadata say: {'; '.join(wrong)}")
-    if alphas and alpha is not None:
+    tensors, settings = _read_tensors(path, layers), _read_settings(path)
+    said = {part: _said(path, *found, settings.get(part, {})) for part, found in tensors.items()}
+    if alpha is not None and all(said.values()):
         raise InputError(f"{path} says its alpha itself; do not give --alpha")
-    if alpha is not None:
-        alphas = dict.fromkeys(ranks, alpha)
-    if not alphas:
-        raise InputError(
-            f"{path} does not say its alpha: `convert.py fuse` takes --alpha (not recorded, it is often the rank, "
-            f"here {', '.join(map(str, sorted(set(ranks.values()))))})"
-        )
-    if wrong := [module for module in ranks if not math.isfinite(alphas.get(module, math.nan))]:
-        raise InputError(f"{path} has no finite alpha for {', '.join(wrong)}")
-    return Lora(factors, {module: float(alphas[module]) for module in ranks})
+    loras = {}
+    for part, (factors, _) in tensors.items():
+        ranks = _ranks(factors)
+        alphas = said[part] or dict.fromkeys(ranks if alpha is not None else (), alpha)
+        if not alphas:
+            raise InputError(
+                f"{path} does not say its alpha: `convert.py fuse` takes --alpha (not recorded, it is often the "
+                f"rank, here {', '.join(map(str, sorted(set(ranks.values()))))})"
+            )
+        if wrong := [module for module in ranks if not math.isfinite(alphas.get(module, math.nan))]:
+            raise InputError(f"{path} has no finite alpha for {', '.join(wrong)}")
+        loras[part] = Lora(factors, {module: float(alphas[module]) for module in ranks})
+    return loras
 
 
-def _read_tensors(path: Path, layers: Collection[str]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def _ranks(factors: Mapping[str, np.ndarray]) -> dict[str, int]:
+    return {module: factors[f"{module}.lora.down.kernel"].shape[-1] for module in modules_of(factors)}
+
+
+def _said(
+    path: Path, factors: Mapping[str, np.ndarray], alphas: Mapping[str, float], settings: Mapping[str, Any]
+) -> Mapping[str, float]:
+    """Returns the alphas that a file gives one of its LoRAs, none of them, or all that it has."""
+    if not settings:
+        return alphas
+    if alphas:
+        raise InputError(f"{path} says alpha twice: in its metadata and in .alpha tensors")
+    ranks = _ranks(factors)
+    wanted = {module: _setting(path, settings, "r", "rank", module) for module in ranks}
+    wrong = [
+        f"{name} has {rank}, not {wanted[name]:g}" for name, rank in ranks.items() if rank != wanted[name]
+    ]
+    if wrong:
+        raise InputError(f"{path} has other ranks than its metadata say: {'; '.join(wrong)}")
+    return {module: _setting(path, settings, "lora_alpha", "alpha", module) for module in ranks}
+
+
+def _read_tensors(
+    path: Path, layers: Mapping[str, Collection[str]]
+) -> dict[str, tuple[dict[str, np.ndarray], dict[str, float]]]:
+    """Returns the factors and the alphas that are tensors, by the network."""
     infos = read_header(path)
     today = diffusers_names(infos, layers, str(path))
-    wrong, names, alpha_names = [], {}, {}
+    wrong, places = [], {}
     for name, info in infos.items():
         match = _TENSOR.fullmatch(today[name])
         if match is None or len(info.shape) not in ({0, 1} if match["alpha"] else {2, 4}):
             wrong.append(f"{name} {info.shape}")
         elif info.dtype not in DTYPES:
             wrong.append(f"{name} has type {info.dtype}")
-        elif match["alpha"]:
-            alpha_names[name] = match["module"]
         else:
-            names[name] = f"{match['module']}.lora.{_FACTORS[match['factor']]}.kernel"
+            places[name] = _place(match)
     if wrong:
         raise InputError(
-            f"{path} is not a UNet's LoRA in the names of diffusers, PEFT or kohya, in {len(wrong)} tensors: "
+            f"{path} is not a LoRA in the names of diffusers, PEFT or kohya, in {len(wrong)} tensors: "
             f"{'; '.join(wrong)}"
         )
-    factors, alphas = {}, {}
+    found: dict[str, tuple[dict[str, np.ndarray], dict[str, float]]] = {}
     for name, array in read_tensors(path, infos, mapped=False):
-        if name in alpha_names:
+        part, module, factor = places[name]
+        factors, alphas = found.setdefault(part, ({}, {}))
+        if factor is None:
             if array.size != 1:
                 raise InputError(f"{path}: {name} is not one number")
-            alphas[alpha_names[name]] = float(array.reshape(()))
-        elif names[name] in factors:
-            raise InputError(f"{path} holds {names[name]} in two spellings")
-        else:
-            factors[names[name]] = to_ours(names[name], array.astype(np.float32))
-    _require_pairs(path, factors, alphas)
-    return factors, alphas
+            alphas[module] = float(array.reshape(()))
+            continue
+        ours = f"{module}.lora.{factor}.kernel"
+        if ours in factors:
+            raise InputError(f"{path} holds {ours} in two spellings")
+        factors[ours] = to_ours(ours, array.astype(np.float32))
+    if not found:
+        raise InputError(f"{path} is not a whole LoRA: it is empty")
+    for factors, alphas in found.values():
+        _require_pairs(path, factors, alphas)
+    return found
+
+
+def _place(match: re.Match) -> tuple[str, str, str | None]:
+    """Returns a tensor's network, its layer, and which factor it is: None for alpha."""
+    part, module = match["part"] or "unet", match["module"]
+    if part == "text_encoder":
+        (module,) = tensors_of_file({module: None})  # older files begin with text_model, today's do not
+    return part, module, None if match["alpha"] else _FACTORS[match["factor"]]
 
 
 def _require_pairs(path: Path, factors: Mapping[str, np.ndarray], alphas: Mapping[str, float]) -> None:
@@ -164,20 +203,21 @@ def _require_pairs(path: Path, factors: Mapping[str, np.ndarray], alphas: Mappin
         elif down.shape[-1] != up.shape[-2] or not down.shape[-1]:
             wrong.append(f"{module} has factors of ranks {down.shape[-1]} and {up.shape[-2]}")
     wrong += [f"{module} has an alpha and no factors" for module in alphas if module not in modules]
-    if wrong or not modules:
-        raise InputError(f"{path} is not a whole LoRA: {'; '.join(wrong) or 'it is empty'}")
+    if wrong:
+        raise InputError(f"{path} is not a whole LoRA: {'; '.join(wrong)}")
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Returns what the metadata say of the UNet's LoRA, by the names of `peft.LoraConfig`; {} for nothing."""
+def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns what the metadata say of each network's LoRA, by the names of `peft.LoraConfig`."""
     with safe_open(path, framework="np") as file:
         text = (file.metadata() or {}).get(_METADATA)
-    if text is None:
-        return {}
-    values = parse_json(text.encode(), f"the {_METADATA} of {path}")
-    settings = {name.removeprefix(_PREFIX): value for name, value in values.items()}
-    if variants := [name for name in _UNSUPPORTED if settings.get(name)]:
-        raise InputError(f"{path} is a LoRA with {', '.join(variants)}, which is not supported")
+    settings: dict[str, dict[str, Any]] = {}
+    values = {} if text is None else parse_json(text.encode(), f"the {_METADATA} of {path}")
+    for name, value in values.items():
+        part, dot, setting = name.partition(".")
+        settings.setdefault(part if dot else "unet", {})[setting if dot else name] = value
+        if value and (setting or name) in _UNSUPPORTED:
+            raise InputError(f"{path} is a LoRA with {setting or name}, which is not supported")
     return settings
 
 
