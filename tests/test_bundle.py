@@ -31,7 +31,10 @@ def pipeline():
 @pytest.fixture(scope="module")
 def right_captions(directory):
     """The function from pictures to the share whose own caption CLIP prefers to the others."""
-    clip, tokenizer = load_component(directory / "clip", dtype="float32"), load_tokenizer(directory / "tokenizer")
+    clip, tokenizer = (
+        load_component(directory / "clip", dtype="float32"),
+        load_tokenizer(directory / "tokenizer"),
+    )
     net = network(clip.config)
     size = clip.config.vision_config.image_size
     texts = net.apply(clip.params, tokenizer.encode(captions()), method="text_features")

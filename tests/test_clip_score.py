@@ -20,7 +20,9 @@ def test_clip_score_is_the_mean_cosine_of_transformers(tmp_path, rng):
     size = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}}
     pixels = CLIPImageProcessorPil(**size)([Image.fromarray(one) for one in pictures], return_tensors="pt")
     tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
-    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=12, return_tensors="pt").input_ids
+    ids = tokenizer(
+        captions, padding="max_length", truncation=True, max_length=12, return_tensors="pt"
+    ).input_ids
     clip = CLIPModel.from_pretrained(path / "clip")
     with torch.inference_mode():
         out = clip(input_ids=ids, pixel_values=pixels.pixel_values)
