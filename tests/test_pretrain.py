@@ -1,6 +1,7 @@
 """Pre-training: the tokenizer, the losses, the loop, and every stage end to end on a tiny world."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -229,19 +230,74 @@ def test_loop_can_be_prolonged(tmp_path):
 def test_learning_rate_rises_stays_and_falls(count, expected):
     group = settings._training(steps=100, batch_size=1, lr=2.0, ema=0.5)
     group.warmup = 10
+    assert float(loop.learning_rate(group, 0.2)(jnp.asarray(count))) == pytest.approx(2 * expected)
+
+
+def test_kernels_take_orthogonal_updates_of_adams_size_and_the_rest_takes_adams(rng):
+    group = settings._training(steps=100, batch_size=1, lr=0.5, ema=0.5)
+    group.warmup = 1
     optimizer = loop.make_optimizer(group, 0.2, 1e9)
-    params = {"x.kernel": jnp.ones(())}
-    state = optimizer.init(params)
-    counted = jax.tree.map(
-        lambda leaf: jnp.full_like(leaf, count) if leaf.dtype == jnp.int32 else leaf, state
-    )
-    update, _ = optimizer.update({"x.kernel": jnp.ones(())}, counted, params)
-    first, _ = optimizer.update({"x.kernel": jnp.ones(())}, state, params)
-    # Adam's own bias correction depends on the count as well, so the rate is compared by its schedule.
-    correction = (1 - 0.9 ** (count + 1)) / np.sqrt(1 - 0.99 ** (count + 1)) / (0.1 / np.sqrt(0.01))
-    assert float(update["x.kernel"] / first["x.kernel"]) * correction == pytest.approx(
-        expected / 0.1, rel=1e-4, abs=1e-6
-    )
+    shapes = {
+        "mid.conv1.kernel": (3, 3, 8, 24),
+        "mid.to_q.kernel": (40, 16),
+        "conv_in.kernel": (3, 3, 4, 8),
+        "mid.norm.scale": (8,),
+    }
+    grads = {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+    params = jax.tree.map(jnp.ones_like, grads)
+    update, _ = optimizer.update(grads, optimizer.init(params), params)
+    for name, gradient in grads.items():
+        if name in ("conv_in.kernel", "mid.norm.scale"):
+            # Adam's first step is the sign; looking ahead adds b1 (1 - b1) / (1 - b1^2) of it.
+            assert relative_error(update[name], -0.5 * (1 + 0.9 / 1.9) * np.sign(gradient)) < 1e-5
+            continue
+        columns = gradient.shape[-1]
+        left, _, right = np.linalg.svd(np.asarray(gradient).reshape(-1, columns), full_matrices=False)
+        size = 0.5 * 0.2 * np.sqrt(max(len(left), columns))  # a root mean square of 0.2 times the rate
+        ours = -np.asarray(update[name]).reshape(-1, columns) / size
+        # Five Newton-Schulz steps bring every singular value near 1, by design not nearer.
+        turned = left.T @ ours @ right.T
+        assert np.all(np.abs(np.diag(turned) - 1) < 0.35)
+        assert np.abs(turned - np.diag(np.diag(turned))).max() < 1e-3
+
+
+def test_a_batch_is_split_over_all_devices_and_the_step_is_the_same(tmp_path):
+    script = """
+import jax, jax.numpy as jnp, numpy as np
+from sbv2_jax.pretrain import loop, settings
+group = settings._training(steps=9, batch_size=8, lr=0.1, ema=0.5)
+group.warmup = 1
+optimizer = loop.make_optimizer(group, 0.2, 1.0)
+data = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
+def loss(params, inputs, key):
+    rows = loop.draw_rows(key, 8, inputs)
+    jax.debug.inspect_array_sharding(rows, callback=lambda s: print("rows on", len(s.device_set)))
+    error = inputs[rows] @ params["a.kernel"] - inputs[rows][:, :2]
+    return jnp.square(error).mean(), {}
+params = {"a.kernel": jnp.full((6, 2), 0.1)}
+state = loop.StageState(step=jnp.zeros((), jnp.int32), params=params, opt=optimizer.init(params), ema=params)
+state, data = jax.device_put((state, data), loop.everywhere())
+step = jax.jit(loop.make_step(loss, optimizer, 0.5, 0))
+for _ in range(3):
+    state, _ = step(state, data)
+print(np.asarray(state.params["a.kernel"]).tolist())
+"""
+    results = {}
+    for count in (1, 4):
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(count), "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
+        *devices, weights = done.stdout.splitlines()
+        assert set(devices) == {f"rows on {count}"}
+        results[count] = np.asarray(json.loads(weights))
+    assert np.ptp(results[1]) > 0.05
+    assert relative_error(results[4], results[1]) < 1e-5
 
 
 # Learning
@@ -315,7 +371,7 @@ def test_unet_overfits_four_latents_told_apart_by_their_captions(rng):
         vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=4, bos_token_id=18, eos_token_id=19, pad_token_id=19,
     )  # fmt: skip
-    net, text = network(unet.unet_config(config.unet, 16, 4)), network(text_config)
+    net, text = network(unet.unet_config(config.unet, 16, 4, 4)), network(text_config)
     text_params = {name: 4 * leaf for name, leaf in text.init(1).items()}
     ids = np.full((4, 1, 4), 19, np.int32)
     ids[:, 0, 0], ids[:, 0, 1] = 18, np.arange(4)
@@ -333,7 +389,7 @@ def test_unet_overfits_four_latents_told_apart_by_their_captions(rng):
 
 
 def test_fresh_unet_predicts_zero():
-    net = network(unet.unet_config(tiny_config().unet, 16, 8))
+    net = network(unet.unet_config(tiny_config().unet, 16, 8, 4))
     x, t = jnp.ones((1, 8, 8, 4)), jnp.zeros((1,), jnp.int32)
     assert not np.any(jax.jit(net.apply)(loop.quiet_branches(net.init(0)), x, t, jnp.ones((1, 3, 16))))
 

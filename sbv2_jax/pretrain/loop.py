@@ -158,13 +158,10 @@ def split_rows(rows: jax.Array) -> jax.Array:
     return constrain_batch(make_mesh(len(jax.devices()), 1))(rows)
 
 
-def make_optimizer(settings: ConfigDict, cooldown: float, clip_norm: float) -> optax.GradientTransformation:
-    """Returns Muon with a linear rise, a constant rate and a linear fall to 0 over the last `cooldown` share.
+def learning_rate(settings: ConfigDict, cooldown: float) -> optax.Schedule:
+    """Returns the rate by step: a linear rise, a constant, and a linear fall to 0 over the last `cooldown` share.
 
-    A constant middle lets a run be prolonged at any time (Zhai et al., 2022, section 3.5). Muon (Jordan et al.,
-    2024) takes the kernels, convolutions as matrices [h * w * in, out], each update with AdamW's usual size
-    (Liu et al., 2025, equation 4); AdamW takes the rest, and what touches pixels, latents or tokens directly.
-    The autoencoder needs a quarter of the steps that AdamW alone takes to the same loss.
+    A constant middle lets a run be prolonged at any time (Zhai et al., 2022, section 3.5).
     """
     fall = max(1.0, cooldown * settings.steps)
 
@@ -173,10 +170,20 @@ def make_optimizer(settings: ConfigDict, cooldown: float, clip_norm: float) -> o
         falling = (settings.steps - count) / fall
         return settings.lr * jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
 
+    return rate
+
+
+def make_optimizer(settings: ConfigDict, cooldown: float, clip_norm: float) -> optax.GradientTransformation:
+    """Returns Muon (Jordan et al., 2024) for the kernels, convolutions as matrices [h * w * in, out].
+
+    An update of a kernel has AdamW's usual size (Liu et al., 2025, equation 4). Adam with Nesterov's momentum
+    takes the rest, and the layers that touch pixels or latents directly. The autoencoder needs a quarter of the
+    steps that AdamW alone takes to the same loss.
+    """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.contrib.muon(
-            rate,
+            learning_rate(settings, cooldown),
             muon_weight_dimension_numbers=_matrices,
             consistent_rms=0.2,
             weight_decay=settings.weight_decay,

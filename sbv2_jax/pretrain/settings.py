@@ -87,7 +87,7 @@ def default_config() -> ConfigDict:
     config.tokenizer.vocab_size = 2048  # bytes, their word ends, merges, and the two special tokens
     config.tokenizer.max_length = 24  # tokens of a prompt, start and end included; no caption has more
 
-    config.vae = _training(steps=3000, batch_size=8, lr=3e-3, ema=0.998)
+    config.vae = _training(steps=2000, batch_size=8, lr=3e-3, ema=0.998)
     # Stable Diffusion's 4 channels hold a drawing of 64 px in 256 numbers: its lines blur, small things vanish.
     config.vae.channels = 8
     config.vae.widths = (16, 32, 64, 128)
@@ -103,15 +103,15 @@ def default_config() -> ConfigDict:
     config.vae_tiny.edges = 0.5
 
     # The CLIP whose text tower conditions the UNet; the other is for the clamped loss.
-    config.text_encoder = _training(steps=3000, batch_size=64, lr=1e-3, ema=0.998, weight_decay=0.05)
+    config.text_encoder = _training(steps=800, batch_size=64, lr=1e-3, ema=0.998, weight_decay=0.05)
     config.text_encoder.update(text_width=160, text_layers=4, text_heads=4, projection=128, twins=2)
     config.text_encoder.update(vision_width=192, vision_layers=4, vision_heads=4, patch=16)
 
-    config.clip = _training(steps=2500, batch_size=96, lr=1e-3, ema=0.998, weight_decay=0.05)
+    config.clip = _training(steps=600, batch_size=96, lr=1e-3, ema=0.998, weight_decay=0.05)
     config.clip.update(text_width=128, text_layers=3, text_heads=2, projection=96, twins=4)
     config.clip.update(vision_width=128, vision_layers=4, vision_heads=4, patch=8)
 
-    config.unet = _training(steps=40_000, batch_size=64, lr=1e-3, ema=0.9995, checkpoint_every=250)
+    config.unet = _training(steps=6000, batch_size=64, lr=1.5e-3, ema=0.999, checkpoint_every=250)
     config.unet.widths = (96, 160)
     config.unet.layers = 1
     config.unet.heads = 4
