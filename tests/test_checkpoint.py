@@ -226,6 +226,20 @@ def test_a_damaged_file_falls_back_or_changes_nothing(stored, two_steps, damage)
         shutil.copy(two_steps / path.relative_to(stored), path)
 
 
+def test_a_leaf_that_orbax_lost_is_damage(stored):
+    """One bit in the metadata renames a leaf, and Orbax gives back no array for the old name, and no error."""
+    path = stored / "2" / "state" / "_METADATA"
+    path.write_bytes(path.read_bytes().replace(b"student.conv_in.kernel", b"student.conv_in.kernem"))
+    with pytest.raises(CheckpointError, match="2 cannot be used: .*student.conv_in.kernel"):
+        load(stored, 2, "student.")
+    step, leaves, _ = load(stored, None, "student.")
+    assert step == 1 and leaves["conv_in.kernel"].shape == (3, 3, 4, 64)
+    with opened(stored) as checkpoints:
+        found, got, _ = checkpoints.restore(abstract(state_at(0)))
+    assert found == 1
+    assert_same_bits(got, state_at(1))
+
+
 def test_higher_steps_that_are_no_checkpoints_are_skipped_with_a_warning(stored, warnings):
     (stored / "9").mkdir()
     (stored / "8").mkdir()

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import HfApi, ModelCard
+from made_run import STEP, Made, command, make_run
 from PIL import Image
-from test_convert_cli import STEP, Made, command, make_run
 from tiny_pipeline import write_pipeline
 
 import sbv2_jax

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_run import make_run
 from ml_collections import ConfigDict
-from test_convert_cli import make_run
 from tiny_pipeline import write_pipeline
 
 from sbv2_jax import lora

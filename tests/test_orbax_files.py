@@ -167,6 +167,20 @@ def test_a_flipped_byte_is_found_and_its_arrays_are_named(unet):
     refused(unet, "damaged|unreadable", by_its_manifest=False)
 
 
+def test_an_array_that_orbax_lost_is_named(unet):
+    path = unet / "orbax" / "state" / "_METADATA"
+    path.write_bytes(path.read_bytes().replace(b"conv_in.bias", b"conv_in.biar"))
+    refused(unet, "is damaged: conv_in.bias does not match", by_its_manifest=False)
+
+
+def test_an_array_that_is_not_what_was_written_is_named(unet):
+    path = unet / "orbax" / "manifest.json"
+    body = json.loads(path.read_text())["body"]
+    body["leaves"]["conv_in.bias"]["sha256"] = "0" * 64
+    resealed(body)(unet)
+    refused(unet, "is damaged: conv_in.bias does not match its SHA-256$", by_its_manifest=False)
+
+
 def truncate(unet: Path) -> None:
     path = max((unet / "orbax" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     path.write_bytes(path.read_bytes()[:-1])

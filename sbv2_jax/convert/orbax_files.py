@@ -100,7 +100,8 @@ def read_params(directory: Path, shapes: Shapes) -> dict[str, np.ndarray]:
             raise InputError(
                 f"{directory / FOLDER} is unreadable: {type(error).__name__}: {reason}"
             ) from error
-    if changed := changed_leaves(manifest.leaves, describe(params)):
+    found = describe({name: np.asarray(params[name]) for name in shapes})
+    if changed := changed_leaves(manifest.leaves, found):
         raise InputError(f"{directory / FOLDER} is damaged: {'; '.join(changed)}")
     return params
 

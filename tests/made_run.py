@@ -1,0 +1,74 @@
+"""A run's directory as training would leave it, and the command that converts it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sbv2_jax.assemble import assemble
+from sbv2_jax.checkpoint import Checkpoints
+from sbv2_jax.config import default_config
+from sbv2_jax.export import export_student
+from sbv2_jax.parts import read_parts
+from sbv2_jax.state import TrainState
+
+ROOT = Path(__file__).parent.parent
+STEP = 4
+
+
+class Made(NamedTuple):
+    """A run's directory, with checkpoints and the export of the newest one, and what was saved in it."""
+
+    directory: Path
+    state: TrainState
+
+
+def make_run(world: Path, name: str, **changes: object) -> Made:
+    """Makes what a run would leave behind, with random arrays in place of trained ones."""
+    config = default_config()
+    config.teacher = str(world / "pipeline")
+    config.score.update(rank=2, alpha=3.0)
+    config.student.lora.update(rank=4, alpha=8.0)
+    config.update_from_flattened_dict(changes)
+    run = assemble(config, read_parts(config))
+    rng = np.random.default_rng(len(name))
+
+    def draw(shapes: dict) -> dict:
+        return {
+            name: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32) for name, leaf in shapes.items()
+        }
+
+    shapes = run.state_shapes
+    state = TrainState(
+        step=np.int32(STEP),
+        key=np.zeros(2, np.uint32),
+        student=draw(shapes.student),
+        student_opt=(),
+        ema=draw(shapes.ema),
+        score=draw(shapes.score),
+        score_opt=(),
+    )
+    directory = world / name
+    with Checkpoints(directory / "checkpoints", keep=3, config=config.to_dict()) as checkpoints:
+        if config.ema:
+            checkpoints.save(STEP - 1, jax.tree.map(np.zeros_like, state))
+        checkpoints.save(STEP, state)
+    export_student(run, state, directory / "export")
+    return Made(directory, state)
+
+
+def command(*arguments: object) -> tuple[int, str, str]:
+    """Calls launch/convert.py as a process of its own; returns its exit code, stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, "launch/convert.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
