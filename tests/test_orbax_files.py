@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import torch
+from conftest import relative_error
 from diffusers import StableDiffusionPipeline as TorchPipeline
 from safetensors.numpy import load_file
 from test_convert import TYPES, their_model
@@ -24,9 +25,14 @@ from sbv2_jax.checkpoint.manifest import json_digest
 from sbv2_jax.config import default_config
 from sbv2_jax.convert import listing
 from sbv2_jax.convert.component import check_component, load_component, write_component
+from sbv2_jax.convert.extract import extract_file
+from sbv2_jax.convert.fuse import fuse_file
 from sbv2_jax.convert.layouts import rewrite
+from sbv2_jax.convert.lora_files import save_lora
+from sbv2_jax.convert.merge import merge_models
 from sbv2_jax.convert.orbax_files import write_params
 from sbv2_jax.convert.pipeline import load_pipeline
+from sbv2_jax.convert.unets import open_model
 from sbv2_jax.errors import InputError
 from sbv2_jax.parts import read_parts
 from sbv2_jax.sharding import make_mesh, shardings
@@ -114,6 +120,28 @@ def test_a_run_starts_from_it_with_the_same_weights(world):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     leaves = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
     assert len(leaves) > 200 and all(np.array_equal(a, b) for a, b in leaves)
+
+
+def test_it_is_merged_fused_and_extracted_from_like_the_other(world, tmp_path, rng):
+    kernel = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = load_component(world / "pipeline" / "unet").params[f"{kernel}.kernel"].shape[0]
+    factors = {
+        f"{kernel}.lora.down.kernel": rng.standard_normal((width, 2), np.float32),
+        f"{kernel}.lora.up.kernel": rng.standard_normal((2, width), np.float32),
+    }
+    save_lora(tmp_path / "lora.safetensors", factors, 3.0)
+    for one in ("orbax", "pipeline"):
+        fuse_file(open_model(world / one), tmp_path / "lora.safetensors", tmp_path / f"fused-{one}")
+    fused, theirs = (listing.tensors(tmp_path / f"fused-{one}") for one in ("orbax", "pipeline"))
+    assert not listing.differences(fused, theirs)
+    changed = listing.differences(fused, listing.tensors(world / "orbax"))
+    assert changed == [f"unet.{kernel}.weight: other values"]
+    models = [open_model(one) for one in (tmp_path / "fused-orbax", world / "orbax")]
+    merge_models(models, [0.5, 0.5], tmp_path / "merged")
+    extracted = extract_file(open_model(tmp_path / "merged"), models[1], 2, tmp_path / "half.safetensors")
+    want = factors[f"{kernel}.lora.down.kernel"] @ factors[f"{kernel}.lora.up.kernel"] * (3.0 / 2 / 2)
+    got = extracted.factors[f"{kernel}.lora.down.kernel"] @ extracted.factors[f"{kernel}.lora.up.kernel"]
+    assert relative_error(got, want) < 1e-5 and not extracted.left_out
 
 
 @pytest.fixture
@@ -257,7 +285,11 @@ def test_what_is_not_what_was_written_is_refused_before_an_array_is_read(unet, s
 PROGRAM = """
 import sys, jax
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]), initialization_timeout=60)
+from sbv2_jax.convert.extract import extract_file
+from sbv2_jax.convert.fuse import fuse_file
 from sbv2_jax.convert.layouts import rewrite
+from sbv2_jax.convert.lora_files import save_lora
+from sbv2_jax.convert.merge import merge_models
 if jax.process_index() == 0:
     rewrite(sys.argv[3], sys.argv[4], orbax=False)
     rewrite(sys.argv[4], sys.argv[4] + "-orbax", orbax=True)
