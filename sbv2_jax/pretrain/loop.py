@@ -26,7 +26,7 @@ Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 
 # What a resumed stage may change: more steps are the usual wish.
-_MAY_CHANGE = ("steps", "checkpoint_every", "cooldown", "guidance", "sample_steps")
+_MAY_CHANGE = ("steps", "lr", "checkpoint_every", "cooldown", "guidance", "sample_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
