@@ -377,14 +377,15 @@ def test_unet_overfits_four_latents_told_apart_by_their_captions(rng):
     ids[:, 0, 0], ids[:, 0, 1] = 18, np.arange(4)
     # Pictures of one value each: which one it is, only the caption says at the last timestep.
     latents = np.broadcast_to(np.float32([-1.5, -0.5, 0.5, 1.5]).reshape(4, 1, 1, 1), (4, 4, 4, 4))
-    inputs = {"latents": latents, "ids": ids, "null": ids[0, 0], "text": text_params}
+    inputs = {"latents": latents, "ids": ids, "null": ids[0, 0]}
     loss = unet.unet_loss(net, text, config.unet)
-    params, history = overfit(loss, loop.quiet_branches(net.init(0)), inputs, "loss/v", 200, 5e-3)
+    start = unet.join(loop.quiet_branches(net.init(0)), text_params)
+    params, history = overfit(loss, start, inputs, "loss/v", 200, 5e-3)
     assert history[0] > 0.5
     assert np.mean(history[-20:]) < 0.08
 
     sample = jax.jit(unet.sampler(net, text, ids[:1, 0], config.unet))
-    drawn = sample((params, text_params), (ids[:, 0], unet.noise(4, latents)))
+    drawn = sample(params, (ids[:, 0], unet.noise(4, latents)))
     assert np.abs(drawn - latents).mean() < 0.3
 
 

@@ -102,7 +102,7 @@ def default_config() -> ConfigDict:
     config.vae_tiny.decoder_blocks = (2, 2, 2, 1)
     config.vae_tiny.edges = 0.5
 
-    # The CLIP whose text tower conditions the UNet; the other is for the clamped loss.
+    # The CLIP whose text tower conditions the UNet, and is trained on with it; the other is for the clamped loss.
     config.text_encoder = _training(steps=800, batch_size=64, lr=1e-3, ema=0.998, weight_decay=0.05)
     config.text_encoder.update(text_width=160, text_layers=4, text_heads=4, projection=128, twins=2)
     config.text_encoder.update(vision_width=192, vision_layers=4, vision_heads=4, patch=16)

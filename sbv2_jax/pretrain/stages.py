@@ -13,6 +13,7 @@ from sbv2_jax.data import openmoji
 from sbv2_jax.data.render import RESOLUTION
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.registry import network
+from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.pretrain import clip, grids, unet, vae
 from sbv2_jax.pretrain.loop import Run, Stage, digest, quiet_branches, train
 from sbv2_jax.pretrain.pictures import in_batches, to_float, to_uint8
@@ -106,7 +107,7 @@ class Stages:
         return Component(vae.tiny_config(settings, large.config.latent_channels), params)
 
     @functools.cached_property
-    def _text_encoder(self) -> Component:
+    def _clip_text(self) -> Component:
         """The text tower of the first CLIP; the rest of that CLIP has done its work."""
         whole = self._train_clip("text_encoder", seed=self.config.seed + 2)
         return Component(whole.config.text_config, clip.text_tower(whole.params))
@@ -135,24 +136,40 @@ class Stages:
 
     @functools.cached_property
     def _unet(self) -> Component:
-        settings, large, text = self.config.unet, self._vae, self._text_encoder
-        latents = self._scaled_latents()
-        config = unet.unet_config(settings, text.config.hidden_size, *latents.shape[2:])
-        net, tower = network(config), network(text.config)
-        null = self.tokenizer.encode([""])[0]
-        params = train(
+        return Component(self._unet_config, unet.split(self._denoiser)[0])
+
+    @functools.cached_property
+    def _text_encoder(self) -> Component:
+        """The text tower as the training of the UNet leaves it."""
+        return Component(self._clip_text.config, unet.split(self._denoiser)[1])
+
+    @functools.cached_property
+    def _denoiser(self) -> Params:
+        """The joined parameters of the UNet and its text tower."""
+        settings, large, text = self.config.unet, self._vae, self._clip_text
+        net = network(self._unet_config)
+        return train(
             Stage(
                 name="unet",
-                loss=unet.unet_loss(net, tower, settings),
-                init=lambda: quiet_branches(net.init(self.config.seed + 4)),
-                inputs={"latents": latents, "ids": self._ids, "null": null, "text": text.params},
+                loss=unet.unet_loss(net, network(text.config), settings),
+                init=lambda: unet.join(quiet_branches(net.init(self.config.seed + 4)), text.params),
+                inputs={
+                    "latents": self._scaled_latents(),
+                    "ids": self._ids,
+                    "null": self.tokenizer.encode([""])[0],
+                },
                 settings=settings,
                 preview=self._write_unet_grid,
                 fingerprint=digest(self._text_print, large.params, text.params),
             ),
             self._run,
         )
-        return Component(config, params)
+
+    @functools.cached_property
+    def _unet_config(self) -> UNetConfig:
+        side = RESOLUTION // self._vae.config.downsampling
+        width = self._clip_text.config.hidden_size
+        return unet.unet_config(self.config.unet, width, side, self.config.vae.channels)
 
     @functools.cached_property
     def _ids(self) -> np.ndarray:
@@ -186,11 +203,11 @@ class Stages:
 
     @functools.cached_property
     def _sample(self) -> Callable:
-        settings, text = self.config.unet, self._text_encoder
-        side = RESOLUTION // self._vae.config.downsampling
-        config = unet.unet_config(settings, text.config.hidden_size, side, self.config.vae.channels)
-        null = self.tokenizer.encode([""])
-        return jax.jit(unet.sampler(network(config), network(text.config), null, settings))
+        nets, null = (
+            (network(self._unet_config), network(self._clip_text.config)),
+            self.tokenizer.encode([""]),
+        )
+        return jax.jit(unet.sampler(*nets, null, self.config.unet))
 
     def _reconstruct(self, params: Params, pictures: np.ndarray) -> np.ndarray:
         """Returns uint8 pictures through the autoencoder, whose latents may be standardised or not."""
@@ -204,9 +221,9 @@ class Stages:
         return to_uint8(in_batches(self._decode_tiny, params, latents))
 
     def _draw(self, params: Params, captions: list[str]) -> np.ndarray:
-        """Returns one sample of the UNet for each caption, uint8 [N, H, W, 3], always from the same noise."""
+        """Returns one sample of joined parameters for each caption, uint8 [N, H, W, 3], from always the same noise."""
         large, rows = self._vae, (self.tokenizer.encode(captions), unet.noise(len(captions), self._latents))
-        latents = in_batches(self._sample, (params, self._text_encoder.params), rows)
+        latents = in_batches(self._sample, params, rows)
         return to_uint8(in_batches(self._decode, large.params, latents / large.config.scaling_factor))
 
     def _write_vae_grid(self, *rows: np.ndarray) -> None:
@@ -240,7 +257,7 @@ class Stages:
             "PSNR of the tiny decoder": _psnr(self._decode_small(self._vae_tiny.params, pictures), pictures),
             f"CLIP finds the caption of a real picture among {_HELD_OUT}": f"{right(real):.1%}",
             f"CLIP finds the caption of a sample among {_HELD_OUT}": (
-                f"{right(self._draw(self._unet.params, captions)):.1%}"
+                f"{right(self._draw(self._denoiser, captions)):.1%}"
             ),
         }
 

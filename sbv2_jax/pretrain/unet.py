@@ -1,4 +1,8 @@
-"""The UNet of the world: v prediction on cached latents, conditioned by the CLIP's text tower."""
+"""The UNet of the world: v prediction on cached latents, conditioned by the CLIP's text tower, which learns on.
+
+Of what a caption says, CLIP needs little to tell it from others, and nothing of the place of words; a UNet on its
+frozen states hardly learns where things are. So both are trained (as by Rombach et al., 2022, section 3.3).
+"""
 
 import functools
 from collections.abc import Callable
@@ -31,6 +35,7 @@ SCHEDULER = {
     "steps_offset": 1,
     "timestep_spacing": "trailing",
 }
+_UNET, _TEXT = "unet.", "text_encoder."
 SCHEDULE = make_schedule(ScheduleConfig.from_dict(SCHEDULER))
 
 
@@ -57,11 +62,26 @@ def unet_config(
     )
 
 
-def unet_loss(network: Network, text: Network, settings: ConfigDict) -> Loss:
-    """Returns the loss over inputs {"latents", "ids": int32 [N, phrasings, S], "null": [S], "text": params}.
+def join(network: Params, text: Params) -> Params:
+    """Returns the parameters of the UNet and of the text tower as one dictionary, to be trained together."""
+    return {f"{_UNET}{name}": leaf for name, leaf in network.items()} | {
+        f"{_TEXT}{name}": leaf for name, leaf in text.items()
+    }
 
-    latents float32 [N, h, w, c], scaled. The text tower runs in the step: it costs a few per cent, its states
-    for all phrasings would take gigabytes.
+
+def split(params: Params) -> tuple[Params, Params]:
+    """Returns the parameters of the UNet and of the text tower, from `join`."""
+    unet, text = (
+        {name.removeprefix(prefix): leaf for name, leaf in params.items() if name.startswith(prefix)}
+        for prefix in (_UNET, _TEXT)
+    )
+    return unet, text
+
+
+def unet_loss(network: Network, text: Network, settings: ConfigDict) -> Loss:
+    """Returns the loss of joined parameters over inputs {"latents", "ids": int32 [N, phrasings, S], "null": [S]}.
+
+    latents float32 [N, h, w, c], scaled.
     """
     size = settings.batch_size
 
@@ -71,11 +91,12 @@ def unet_loss(network: Network, text: Network, settings: ConfigDict) -> Loss:
         ids = inputs["ids"][rows, jax.random.randint(phrasing, (size,), 0, inputs["ids"].shape[1])]
         dropped = jax.random.bernoulli(drop, settings.caption_dropout, (size, 1))
         ids = jnp.where(dropped, inputs["null"][None], ids)
-        context = text.apply(inputs["text"], ids).last_hidden_state
+        unet, tower = split(params)
+        context = text.apply(tower, ids).last_hidden_state
         t = _times(time, size, SCHEDULE.num_timesteps)
         x0 = inputs["latents"][rows]
         x_t = add_noise(SCHEDULE, x0, jax.random.normal(normal, x0.shape), t)
-        output = network.apply(params, x_t, t, context)
+        output = network.apply(unet, x_t, t, context)
         value = velocity_loss(SCHEDULE, output, x0, x_t, t, settings.snr_limit).mean()
         return value, {"loss/v": value}
 
@@ -90,17 +111,18 @@ def _times(key: jax.Array, count: int, timesteps: int) -> jax.Array:
 
 def sampler(
     network: Network, text: Network, null: np.ndarray, settings: ConfigDict
-) -> Callable[[tuple[Params, Params], tuple[jax.Array, jax.Array]], jax.Array]:
-    """Returns the pure function `(unet, text tower), (ids [N, S], noise [N, h, w, c])` -> scaled latents.
+) -> Callable[[Params, tuple[jax.Array, jax.Array]], jax.Array]:
+    """Returns the pure function `joined parameters, (ids [N, S], noise [N, h, w, c])` -> scaled latents.
 
     By DDIM with the guidance and the steps of the settings; null [1, S] is the empty prompt.
     """
 
-    def sample(params: tuple[Params, Params], rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def sample(params: Params, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
         ids, start = rows
-        states = text.apply(params[1], jnp.concatenate([ids, null])).last_hidden_state
+        unet, tower = split(params)
+        states = text.apply(tower, jnp.concatenate([ids, null])).last_hidden_state
         context, without = states[:-1], jnp.broadcast_to(states[-1:], states[:-1].shape)
-        apply = functools.partial(network.apply, params[0])
+        apply = functools.partial(network.apply, unet)
         denoise = samplers.guided(apply, context, without, settings.guidance)
         return samplers.sample(denoise, SCHEDULE, start, steps=settings.sample_steps)
 
