@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sbv2_jax import lora, optimizers
+from sbv2_jax.conditions import Text, TextEncoder, misfits
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.clip_image import preprocess
 from sbv2_jax.models.network import Network
@@ -64,7 +65,11 @@ def assemble(config: ConfigDict, parts: Parts) -> Run:
                 rngs,
             )
         )
-    text_encoder = network(parts.text_encoder.config)
+    text_encoder = TextEncoder(
+        {name: network(part.config) for name, part in parts.text_encoders.items()},
+        downsampling=parts.vae.config.downsampling,
+        zero_null=parts.zero_null,
+    )
     models = Models(
         student=student,
         student_schedule=make_schedule(parts.student_schedule),
@@ -89,12 +94,12 @@ def assemble(config: ConfigDict, parts: Parts) -> Run:
         trained,
         score_shapes,
     )
-    context = parts.text_encoder.config
+    text_shapes = _as(text_encoder.shapes, dtype)
     frozen_shapes = Frozen(
         teacher=_as(teacher_shapes, dtype),
         student=_as(base_shapes, dtype) if lora_student else {},
-        text_encoder=_as(text_encoder.shapes, dtype),
-        null_context=jax.ShapeDtypeStruct((context.max_position_embeddings, context.hidden_size), dtype),
+        text_encoder=text_shapes,
+        null_text=_null_text(parts, text_encoder, text_shapes, objective.latent_shape),
         decoder=_as(network(parts.decoder.config).shapes, dtype) if parts.decoder else {},
         clip=_as(network(parts.clip.config).shapes, dtype) if parts.clip else {},
     )
@@ -112,6 +117,18 @@ def assemble(config: ConfigDict, parts: Parts) -> Run:
 
 def _as(shapes: Shapes, dtype: Any) -> Shapes:
     return {name: jax.ShapeDtypeStruct(shape.shape, dtype) for name, shape in shapes.items()}
+
+
+def _null_text(
+    parts: Parts, text_encoder: TextEncoder, shapes: Shapes, latent_shape: tuple[int, ...]
+) -> Text:
+    length = parts.text_encoder.config.max_position_embeddings
+    ids = (length,) if len(parts.text_encoders) == 1 else (len(parts.text_encoders), length)
+    return jax.eval_shape(
+        lambda params, ids: text_encoder.null(params, ids, latent_shape),
+        shapes,
+        jax.ShapeDtypeStruct(ids, jnp.int32),
+    )
 
 
 def _clip_functions(parts: Parts) -> dict[str, Any]:
@@ -136,15 +153,11 @@ def _clip_functions(parts: Parts) -> dict[str, Any]:
 
 
 def _require_fit(config: ConfigDict, parts: Parts) -> None:
-    unet, text = parts.teacher.config, parts.text_encoder.config
+    unet = parts.teacher.config
+    towers = {name: part.config for name, part in parts.text_encoders.items()}
     for part in (parts.teacher, parts.student):
-        width = part.config.per_level("cross_attention_dim")[0]
-        if width != text.hidden_size:
-            raise InputError(
-                f"{part.directory} takes text of width {width}; the text encoder's is {text.hidden_size}"
-            )
-        if part.config.addition_embed_type is not None:
-            raise InputError(f"{part.directory}: a UNet with added conditions (SDXL) cannot be trained yet")
+        if wrong := misfits(part.config, towers):
+            raise InputError(f"{part.directory} does not fit the teacher's text encoders: {'; '.join(wrong)}")
     if (parts.student.config.in_channels, parts.student.config.out_channels) != (
         unet.in_channels,
         unet.out_channels,

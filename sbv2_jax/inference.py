@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbv2_jax import samplers
+from sbv2_jax.conditions import Text, TextEncoder, join, like, split
 from sbv2_jax.convert.component import Component
 from sbv2_jax.convert.pipeline import PipelineParts, load_pipeline, save_pipeline
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.registry import network
 from sbv2_jax.schedule import Schedule, make_schedule, to_x0
-from sbv2_jax.tokenizer import Tokenizer
-from sbv2_jax.tree import Params
+from sbv2_jax.tokenizer import Tokenizer, TokenizerPair
+from sbv2_jax.tree import Params, cast
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Generator:
 
     unet: Network
     schedule: Schedule
-    text_encoder: Network
+    text_encoder: TextEncoder
     vae: Network
     scaling_factor: float
 
@@ -35,7 +36,7 @@ class Generator:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GeneratorParams:
-    """The parameters of a `Generator`."""
+    """The parameters of a `Generator`; those of several text towers are in one dictionary (`conditions.join`)."""
 
     unet: Params
     text_encoder: Params
@@ -53,23 +54,24 @@ def generate(
     guidance: float = 1.0,
     sampler: str = "dpm",
 ) -> jax.Array:
-    """Returns pictures, float32 [B, H, W, 3] in [0, 1], from token ids [B, S] and noise [B, h, w, c].
+    """Returns pictures, float32 [B, H, W, 3] in [0, 1], from token ids and noise [B, h, w, c].
 
-    One step predicts x0 at the last timestep, as a distilled student does; more integrate with "ddim" or
-    "dpm" (`samplers.sample`). `null_ids` [S] is the empty prompt, read where `guidance` is not 1.
+    Token ids are [B, S], or [B, 2, S] for SDXL's two towers; the picture's size, which SDXL is told, is that of the
+    noise. One step predicts x0 at the last timestep, as a distilled student does; more integrate with "ddim" or
+    "dpm" (`samplers.sample`). `null_ids` is the empty prompt, [S] or [2, S], read where `guidance` is not 1.
     Pure: the generator and the keyword arguments are static under `jax.jit`.
     """
     dtype = params.unet["conv_in.kernel"].dtype
 
-    def encode(ids: jax.Array) -> jax.Array:
-        return generator.text_encoder.apply(params.text_encoder, ids).last_hidden_state.astype(dtype)
+    def predict(x: jax.Array, t: jax.Array, text: Text) -> jax.Array:
+        return generator.unet.apply(params.unet, x.astype(dtype), t, *text).astype(jnp.float32)
 
-    def predict(x: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
-        return generator.unet.apply(params.unet, x.astype(dtype), t, context).astype(jnp.float32)
-
-    context = encode(input_ids)
-    null = context if guidance == 1.0 else jnp.broadcast_to(encode(null_ids[None]), context.shape)
-    denoise = samplers.guided(predict, context, null, guidance)
+    encoder, latent_shape = generator.text_encoder, noise.shape[1:]
+    text = cast(encoder.apply(params.text_encoder, input_ids, latent_shape), dtype)
+    null = text
+    if guidance != 1.0:
+        null = like(cast(encoder.null(params.text_encoder, null_ids, latent_shape), dtype), text)
+    denoise = samplers.guided(predict, text, null, guidance)
     if steps == 1:
         t = jnp.full(noise.shape[:1], generator.schedule.num_timesteps - 1, jnp.int32)
         latents = to_x0(generator.schedule, denoise(noise, t), noise, t)
@@ -103,7 +105,7 @@ class Pipeline:
 
     generator: Generator
     params: GeneratorParams
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | TokenizerPair
     latent_shape: tuple[int, int, int]
     parts: PipelineParts
 
@@ -145,9 +147,10 @@ class Pipeline:
         The other files are those of the directory that it was loaded from. Raises InputError for a directory that
         is not empty or cannot be written, and for weights that do not fit; nothing is written then.
         """
+        towers = split(self.params.text_encoder, self.parts.text_encoders)
         networks = {
-            name: Component(self.parts.configs[name], jax.device_get(getattr(self.params, name)))
-            for name in ("unet", "text_encoder", "vae")
+            name: Component(self.parts.configs[name], jax.device_get(params))
+            for name, params in {"unet": self.params.unet, "vae": self.params.vae, **towers}.items()
         }
         save_pipeline(directory, base=self.parts.directory, **networks)
 
@@ -172,17 +175,25 @@ def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
     Raises InputError for a path that is missing and for files that do not fit the networks.
     """
     parts = load_pipeline(path_or_id, dtype=dtype)
-    unet, text_encoder, vae = (parts.configs[name] for name in ("unet", "text_encoder", "vae"))
+    unet, vae = parts.configs["unet"], parts.configs["vae"]
     generator = Generator(
         unet=network(unet),
         schedule=make_schedule(parts.schedule_config),
-        text_encoder=network(text_encoder),
+        text_encoder=TextEncoder(
+            {name: network(parts.configs[name]) for name in parts.text_encoders},
+            downsampling=vae.downsampling,
+            zero_null=parts.zero_null,
+        ),
         vae=network(vae),
         scaling_factor=vae.scaling_factor,
     )
     # Not the cached parts: they would stay on the host as well.
     params = GeneratorParams(
-        *(jax.device_put(parts.component(name).params) for name in ("unet", "text_encoder", "vae"))
+        unet=jax.device_put(parts.component("unet").params),
+        text_encoder=join(
+            {name: jax.device_put(parts.component(name).params) for name in parts.text_encoders}
+        ),
+        vae=jax.device_put(parts.component("vae").params),
     )
     shape = (unet.sample_size, unet.sample_size, unet.in_channels)
     return Pipeline(generator, params, parts.tokenizer, shape, parts)

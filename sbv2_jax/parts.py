@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from sbv2_jax.conditions import TOWERS
 from sbv2_jax.convert.component import check_component
 from sbv2_jax.convert.files import file_of, read_json
 from sbv2_jax.convert.pipeline import PipelineParts, component_dir, load_pipeline, read_schedule
@@ -31,18 +32,30 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The components of a run, as their files describe them; `decoder` and `clip` only with the CLIP loss."""
+    """The components of a run, as their files describe them.
+
+    `text_encoder_2` only for SDXL, and `zero_null` whether its null condition is zeros; `decoder` and `clip` only
+    with the CLIP loss.
+    """
 
     teacher: Part
     teacher_schedule: ScheduleConfig
     student: Part
     student_schedule: ScheduleConfig
     text_encoder: Part
+    text_encoder_2: Part | None = None
+    zero_null: bool = False
     vae: Part
     decoder: Part | None
     clip: Part | None
     clip_image: CLIPImageConfig | None
     pipeline: Path | None
+
+    @property
+    def text_encoders(self) -> dict[str, Part]:
+        """The text towers by the name of their folder: one, or SDXL's two."""
+        parts = dict(zip(TOWERS, (self.text_encoder, self.text_encoder_2), strict=True))
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
@@ -70,7 +83,8 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
         teacher_schedule=pipeline.schedule_config,
         student=student,
         student_schedule=student_schedule,
-        text_encoder=_part(pipeline.component_dir("text_encoder")),
+        **{name: _part(pipeline.component_dir(name)) for name in pipeline.text_encoders},
+        zero_null=pipeline.zero_null,
         vae=_part(pipeline.component_dir("vae")),
         decoder=decoder,
         clip=clip,
@@ -128,7 +142,11 @@ def _published_parts(config: ConfigDict) -> Parts:
         teacher_schedule=schedule,
         student=unet,
         student_schedule=schedule,
-        text_encoder=Part(config=CLIPTextConfig.from_dict(shapes["text_encoder"]), directory=None),
+        **{
+            name: Part(config=CLIPTextConfig.from_dict(shapes[name]), directory=None)
+            for name in TOWERS
+            if name in shapes
+        },
         vae=vae,
         decoder=decoder,
         clip=clip,

@@ -14,7 +14,7 @@ from sbv2_jax.models.registry import network
 from sbv2_jax.pictures import grid, save_png
 from sbv2_jax.sharding import shardings
 from sbv2_jax.state import Frozen, TrainState
-from sbv2_jax.tokenizer import Tokenizer
+from sbv2_jax.tokenizer import Tokenizer, TokenizerPair
 from sbv2_jax.tree import Params, cast
 from sbv2_jax.weights import place
 
@@ -28,7 +28,7 @@ class ProgressGrid:
         self,
         run: Run,
         frozen: Frozen,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | TokenizerPair,
         prompts: tuple[str, ...],
         mesh: jax.sharding.Mesh,
     ):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sbv2_jax.conditions import Text
 from sbv2_jax.tree import Params
 
 
@@ -33,14 +34,14 @@ class Frozen:
     """The parameters that no step changes: passed in, never closed over, never donated, never checkpointed.
 
     `student` holds the weights under the student's LoRA, and is empty when all weights are trained.
-    `null_context` is the text encoder's output for the empty prompt, [S, D]. `decoder` and `clip` are empty
-    without the CLIP loss.
+    `text_encoder` holds all text towers (`conditions.join`), `null_text` is the null condition without a batch
+    axis. `decoder` and `clip` are empty without the CLIP loss.
     """
 
     teacher: Params
     student: Params
     text_encoder: Params
-    null_context: jax.Array
+    null_text: Text
     decoder: Params
     clip: Params
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from sbv2_jax import losses
+from sbv2_jax.conditions import Text, TextEncoder, like
 from sbv2_jax.models.network import Network
 from sbv2_jax.schedule import Schedule, add_noise, classifier_free_guidance, to_epsilon, to_x0
 from sbv2_jax.state import Frozen, TrainState
@@ -61,23 +62,23 @@ class Models:
     student_schedule: Schedule
     score: Network
     score_schedule: Schedule
-    text_encoder: Network
+    text_encoder: TextEncoder
     decode: Callable[[Params, jax.Array], jax.Array] | None = None
     clip_image: Callable[[Params, jax.Array], jax.Array] | None = None
     clip_text: Callable[[Params, jax.Array], jax.Array] | None = None
 
 
 class Batch(NamedTuple):
-    """Token ids [B, S] for the text encoder, and for the CLIP of the loss (None without it)."""
+    """Token ids for the text encoder, [B, S] or SDXL's [B, 2, S], and [B, S] for the CLIP of the loss, or None."""
 
     input_ids: jax.Array
     clip_input_ids: jax.Array | None
 
 
 class Conditions(NamedTuple):
-    """The prompts as the networks take them: context [B, S, D], and the loss's text features [B, E] or None."""
+    """The prompts as the networks take them, and the loss's text features [B, E] or None."""
 
-    context: jax.Array
+    text: Text
     clip_text: jax.Array | None
 
 
@@ -125,17 +126,17 @@ def draw(
     return student, score
 
 
-def encode(models: Models, frozen: Frozen, batch: Batch) -> Conditions:
+def encode(models: Models, objective: Objective, frozen: Frozen, batch: Batch) -> Conditions:
     """Encodes the prompts, for the UNets and for the CLIP loss."""
-    context = models.text_encoder.apply(frozen.text_encoder, batch.input_ids).last_hidden_state
-    text = None
+    text = models.text_encoder.apply(frozen.text_encoder, batch.input_ids, objective.latent_shape)
+    clip_text = None
     if models.clip_text is not None:
-        text = models.clip_text(frozen.clip, batch.clip_input_ids).astype(jnp.float32)
-    return Conditions(context, text)
+        clip_text = models.clip_text(frozen.clip, batch.clip_input_ids).astype(jnp.float32)
+    return Conditions(text, clip_text)
 
 
 def generate(
-    models: Models, objective: Objective, student: Params, frozen: Frozen, z: jax.Array, context: jax.Array
+    models: Models, objective: Objective, student: Params, frozen: Frozen, z: jax.Array, text: Text
 ) -> jax.Array:
     """Returns x = G(z, y), float32 [B, h, w, C]: the x0 that the student predicts at the last timestep from z."""
     schedule = models.student_schedule
@@ -144,7 +145,7 @@ def generate(
         {**frozen.student, **cast(student, objective.compute_dtype)},
         z.astype(objective.compute_dtype),
         t,
-        context,
+        *text,
         lora_scale=objective.student_lora_scale,
     )
     return to_x0(schedule, output.astype(jnp.float32), z, t)
@@ -157,7 +158,7 @@ def difference(
     frozen: Frozen,
     x: jax.Array,
     noise: StudentNoise,
-    context: jax.Array,
+    text: Text,
 ) -> jax.Array:
     """Returns the VSD gradient at x, [B, h, w, C], from one forward of the UNet over all rows.
 
@@ -167,20 +168,20 @@ def difference(
     """
     schedule, count = models.score_schedule, x.shape[0]
     x_t = add_noise(schedule, x, noise.noise, noise.t)
-    null = jnp.broadcast_to(frozen.null_context, context.shape)
+    null = like(frozen.null_text, text)
     passes = [
-        (text, scale)
+        (rows, scale)
         for guidance, scale in (
             (objective.guidance, 0.0),
             (objective.score_guidance, objective.score_lora_scale),
         )
-        for text in ((context,) if guidance == 1.0 else (context, null))
+        for rows in ((text,) if guidance == 1.0 else (text, null))
     ]
     output = models.score.apply(
         {**frozen.teacher, **cast(score, objective.compute_dtype)},
         jnp.concatenate([x_t.astype(objective.compute_dtype)] * len(passes)),
         jnp.concatenate([noise.t] * len(passes)),
-        jnp.concatenate([text for text, _ in passes]),
+        *jax.tree.map(lambda *rows: jnp.concatenate(rows), *(rows for rows, _ in passes)),
         lora_scale=jnp.repeat(jnp.array([scale for _, scale in passes]), count),
     )
     rows = iter(jnp.split(output.astype(jnp.float32), len(passes)))
@@ -235,10 +236,10 @@ def student_gradient(
     """Returns the gradient to the student's parameters, its samples x without gradient, and the losses."""
     clip_weight = objective.clip_weight * (1.0 - state.step / objective.steps)
     x, backward = jax.vjp(
-        lambda student: generate(models, objective, student, frozen, noise.z, conditions.context),
+        lambda student: generate(models, objective, student, frozen, noise.z, conditions.text),
         state.student,
     )
-    gradient = difference(models, objective, state.score, frozen, x, noise, conditions.context)
+    gradient = difference(models, objective, state.score, frozen, x, noise, conditions.text)
     dx, metrics = pull(models, objective, frozen, x, gradient, conditions.clip_text, clip_weight)
     (grads,) = backward(dx)
     return grads, x, metrics
@@ -250,20 +251,24 @@ def score_gradient(
     score: Params,
     frozen: Frozen,
     x: jax.Array,
-    context: jax.Array,
+    text: Text,
     noise: ScoreNoise,
 ) -> tuple[Params, Metrics]:
     """Returns the gradient of the denoising loss on x to the score LoRA, and the loss."""
     schedule = models.score_schedule
     x_t = add_noise(schedule, x, noise.noise, noise.t)
-    context = jnp.where(noise.null[:, None, None], frozen.null_context[None], context)
+
+    def dropped(null: jax.Array, own: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(noise.null, tuple(range(1, own.ndim))), null[None], own)
+
+    text = jax.tree.map(dropped, frozen.null_text, text)
 
     def loss(score: Params) -> jax.Array:
         output = models.score.apply(
             {**frozen.teacher, **cast(score, objective.compute_dtype)},
             x_t.astype(objective.compute_dtype),
             noise.t,
-            context,
+            *text,
             lora_scale=objective.score_lora_scale,
         )
         epsilon = to_epsilon(schedule, output.astype(jnp.float32), x_t, noise.t)
@@ -292,7 +297,7 @@ def make_train_step(
         student_noise, score_noise = draw(
             objective, state.key, state.step, batch.input_ids.shape[0], timesteps
         )
-        conditions = constrain(encode(models, frozen, batch))
+        conditions = constrain(encode(models, objective, frozen, batch))
 
         def student_pass(conditions: Conditions, noise: StudentNoise):
             grads, x, metrics = student_gradient(models, objective, state, frozen, conditions, noise)
@@ -308,11 +313,11 @@ def make_train_step(
         def score_update(carry: tuple[Params, Any], noise: ScoreNoise):
             score, score_opt = carry
 
-            def score_pass(x: jax.Array, context: jax.Array, noise: ScoreNoise):
-                return score_gradient(models, objective, score, frozen, x, context, noise), ()
+            def score_pass(x: jax.Array, text: Text, noise: ScoreNoise):
+                return score_gradient(models, objective, score, frozen, x, text, noise), ()
 
             (grads, metrics), _ = _accumulated(
-                score_pass, objective.accumulate, (x, conditions.context, constrain(noise))
+                score_pass, objective.accumulate, (x, conditions.text, constrain(noise))
             )
             metrics |= {"grad_norm/score": optax.global_norm(grads)}
             return _update(score_optimizer, grads, score_opt, score), metrics

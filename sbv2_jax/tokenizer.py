@@ -47,6 +47,26 @@ class Tokenizer:
         return sum(len(row) > self.max_length for row in ids)
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenizerPair:
+    """SDXL's two tokenizers, which give every prompt to both of its text towers; they pad differently."""
+
+    first: Tokenizer
+    second: Tokenizer
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Returns the token ids [B, 2, max_length], int32, as `Tokenizer.encode` does.
+
+        Raises InputError where the tokenizers' lengths differ.
+        """
+        if self.first.max_length != self.second.max_length:
+            raise InputError(
+                f"the tokenizers give {self.first.max_length} and {self.second.max_length} tokens a prompt; "
+                "their text towers take the same number"
+            )
+        return np.stack([self.first.encode(prompts), self.second.encode(prompts)], axis=1)
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Reads a pipeline's `tokenizer` directory, in the layout of transformers 4 or 5.
 

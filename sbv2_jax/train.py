@@ -21,7 +21,7 @@ from sbv2_jax.progress import ProgressGrid
 from sbv2_jax.report import dry_run as dry_run_report
 from sbv2_jax.sharding import batch_sharding, constrain_batch, make_mesh, shardings
 from sbv2_jax.steps import Batch, make_train_step
-from sbv2_jax.tokenizer import Tokenizer, load_tokenizer
+from sbv2_jax.tokenizer import Tokenizer, TokenizerPair, load_tokenizer
 from sbv2_jax.weights import load_frozen, load_state, read_start
 
 # So many steps in a row without a finite loss: the run has diverged and no longer recovers.
@@ -126,14 +126,18 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
     return 0
 
 
-def load_tokenizers(run: Run) -> tuple[Tokenizer, Tokenizer | None]:
-    """Loads the tokenizers of the text encoder and of the loss's CLIP, which may share the pipeline's.
+def load_tokenizers(run: Run) -> tuple[Tokenizer | TokenizerPair, Tokenizer | None]:
+    """Loads the tokenizers of the text encoder, SDXL's two as one, and of the loss's CLIP.
 
-    Raises InputError where a tokenizer does not fit its network.
+    The CLIP may share the pipeline's first one. Raises InputError where a tokenizer does not fit its network.
     """
     pipeline, clip = run.parts.pipeline / "tokenizer", run.parts.clip
-    text = load_tokenizer(pipeline)
-    _require_fit(text, run.parts.text_encoder.config, pipeline)
+    found = []
+    for name, part in run.parts.text_encoders.items():
+        directory = pipeline.with_name(name.replace("text_encoder", "tokenizer"))
+        found.append(load_tokenizer(directory))
+        _require_fit(found[-1], part.config, directory)
+    text = found[0] if len(found) == 1 else TokenizerPair(*found)
     if clip is None:
         return text, None
     own = (clip.directory / "tokenizer_config.json").is_file()
@@ -151,12 +155,14 @@ def _require_fit(tokenizer: Tokenizer, config, directory: Path) -> None:
 
 
 def next_batch(
-    batches: Iterator[list[str]], tokenizers: tuple[Tokenizer, Tokenizer | None], mesh: jax.sharding.Mesh
+    batches: Iterator[list[str]],
+    tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None],
+    mesh: jax.sharding.Mesh,
 ) -> Batch:
     """Reads and tokenizes this process's next prompts and makes the global, sharded batch of them."""
     prompts = next(batches)
 
-    def ids(tokenizer: Tokenizer) -> jax.Array:
+    def ids(tokenizer: Tokenizer | TokenizerPair) -> jax.Array:
         return jax.make_array_from_process_local_data(batch_sharding(mesh), tokenizer.encode(prompts))
 
     text, clip = tokenizers

@@ -8,6 +8,7 @@ import numpy as np
 
 from sbv2_jax import lora
 from sbv2_jax.assemble import Run
+from sbv2_jax.conditions import join
 from sbv2_jax.convert.component import load_component
 from sbv2_jax.convert.lora_files import modules_of, read_lora
 from sbv2_jax.errors import InputError
@@ -19,25 +20,29 @@ from sbv2_jax.tree import Params, require_same
 def load_frozen(run: Run, null_ids: np.ndarray, placement: Frozen) -> Frozen:
     """Loads every frozen network in the compute dtype, onto the given shardings.
 
-    `null_ids` [S] is the empty prompt for the text encoder.
+    `null_ids`, [S] or [2, S], is the empty prompt for the text encoder.
     """
     dtype = run.objective.compute_dtype
 
     def weights(part: Part | None, shardings: dict[str, jax.sharding.Sharding]) -> Params:
         return {} if part is None else place(load_component(part.directory, dtype=dtype).params, shardings)
 
-    text_encoder = weights(run.parts.text_encoder, placement.text_encoder)
-    encode = jax.jit(
-        lambda params: run.models.text_encoder.apply(params, jnp.asarray(null_ids)[None]).last_hidden_state[
-            0
-        ],
-        out_shardings=placement.null_context,
+    towers = {
+        name: load_component(part.directory, dtype=dtype).params
+        for name, part in run.parts.text_encoders.items()
+    }
+    text_encoder = place(join(towers), placement.text_encoder)
+    encode_null = jax.jit(
+        lambda params: run.models.text_encoder.null(
+            params, jnp.asarray(null_ids), run.objective.latent_shape
+        ),
+        out_shardings=placement.null_text,
     )
     return Frozen(
         teacher=weights(run.parts.teacher, placement.teacher),
         student=weights(run.parts.student, placement.student) if run.lora_student else {},
         text_encoder=text_encoder,
-        null_context=encode(text_encoder),
+        null_text=encode_null(text_encoder),
         decoder=weights(run.parts.decoder, placement.decoder),
         clip=weights(run.parts.clip, placement.clip),
     )

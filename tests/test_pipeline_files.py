@@ -232,7 +232,8 @@ def test_one_step_of_the_scheduler_is_the_conversion_to_x0(tmp_path, rng, schedu
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "'StableDiffusionXLPipeline' is not"),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "'StableDiffusion3Pipeline' is not"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "text_encoder_2=None is not supported"),
         ("model_index.json", {"_class_name": ["pipeline", "Remote"]}, "pipeline class .* is not supported"),
         ("model_index.json", {"unet": ["my_unet", "MyUNet"]}, r"unet=\['my_unet', 'MyUNet'\] is not supported"),
         ("model_index.json", {"vae": None}, "vae=None is not supported"),

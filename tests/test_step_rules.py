@@ -13,6 +13,7 @@ from tiny_world import fast_jit
 from toy_world import BATCH, Toy
 
 from sbv2_jax import steps
+from sbv2_jax.conditions import Text, TextEncoder
 from sbv2_jax.models.clip import TextOutput
 from sbv2_jax.schedule import ScheduleConfig, make_schedule
 from sbv2_jax.state import Frozen, init_state
@@ -97,12 +98,12 @@ def test_several_score_updates_are_taken_one_after_the_other(toy, plain_step):
     @fast_jit
     def one_after_the_other(state):
         noise, draws = steps.draw(objective, state.key, 0, BATCH, 1000)
-        context = steps.encode(toy.models, toy.frozen, toy.batch).context
-        x = steps.generate(toy.models, objective, state.student, toy.frozen, noise.z, context)
+        text = steps.encode(toy.models, objective, toy.frozen, toy.batch).text
+        x = steps.generate(toy.models, objective, state.student, toy.frozen, noise.z, text)
         score, opt, values = state.score, state.score_opt, []
         for i in range(3):
             noise = jax.tree.map(lambda a, i=i: a[i], draws)
-            grads, found = steps.score_gradient(toy.models, objective, score, toy.frozen, x, context, noise)
+            grads, found = steps.score_gradient(toy.models, objective, score, toy.frozen, x, text, noise)
             updates, opt = toy.optimizer.update(grads, opt, score)
             score = optax.apply_updates(score, updates)
             values.append(found["loss/score"])
@@ -162,7 +163,7 @@ def test_clip_weight_falls_linearly_to_nothing(toy):
     """With the CLIP loss alone, the student's gradient is proportional to its weight at each step."""
     objective = dataclasses.replace(toy.objective, vsd_weight=0.0, clip_tau=0.9)
     noise, _ = steps.draw(objective, toy.init().key, 0, BATCH, 1000)
-    conditions = steps.encode(toy.models, toy.frozen, toy.batch)
+    conditions = steps.encode(toy.models, objective, toy.frozen, toy.batch)
 
     @fast_jit
     def gradient(step):
@@ -199,7 +200,9 @@ def test_any_one_number_that_is_not_finite_skips_both_updates(toy, where):
     if where == "loss/clip":
         frozen = dataclasses.replace(frozen, clip=frozen.clip | {"word": frozen.clip["word"] * np.nan})
     elif where == "loss/score":  # without guidance, only score updates see the null prompt
-        frozen = dataclasses.replace(frozen, null_context=frozen.null_context * np.nan)
+        frozen = dataclasses.replace(
+            frozen, null_text=jax.tree.map(lambda leaf: leaf * np.nan, frozen.null_text)
+        )
         changes = {"guidance": 1.0, "score_guidance": 1.0, "null_prompt_probability": 0.5}
     else:  # finite losses, but the gradient's square overflows
         changes = {"vsd_weight": 1e30}
@@ -236,7 +239,7 @@ class Gaussian:
     def __init__(self, schedule):
         self.alpha, self.sigma = jnp.asarray(schedule.alpha), jnp.asarray(schedule.sigma)
 
-    def apply(self, params, latents, t, context, lora_scale):
+    def apply(self, params, latents, t, context, added, lora_scale):
         mean = context[:, 0, 0] + lora_scale * (context[:, 0] @ params["lora.d"])
         std = jnp.exp(-0.5 + lora_scale * params["lora.s"])
         a, s, mean, std = (v.reshape(-1, 1, 1, 1) for v in (self.alpha[t], self.sigma[t], mean, std))
@@ -249,7 +252,7 @@ class Shift:
     def __init__(self, schedule):
         self.alpha, self.sigma = schedule.alpha[-1], schedule.sigma[-1]
 
-    def apply(self, params, latents, t, context, lora_scale):
+    def apply(self, params, latents, t, context, added, lora_scale):
         x = (context[:, 0] @ params["shift"]).reshape(-1, 1, 1, 1) + jnp.exp(params["c"]) * latents
         return (self.alpha * latents - x) / self.sigma
 
@@ -271,7 +274,7 @@ def test_a_student_of_gaussians_learns_the_teachers_means_and_deviation(weightin
         student_schedule=dataclasses.replace(schedule, prediction_type="v_prediction"),
         score=Gaussian(schedule),
         score_schedule=schedule,
-        text_encoder=Prompt(),
+        text_encoder=TextEncoder({"text_encoder": Prompt()}),
     )
     objective = steps.Objective(
         steps=600,
@@ -287,7 +290,7 @@ def test_a_student_of_gaussians_learns_the_teachers_means_and_deviation(weightin
     score = {"lora.d": jnp.zeros(2), "lora.s": jnp.zeros(1)}
     state = init_state(0, student, score, student_optimizer, score_optimizer, ema=False)
     frozen = Frozen(
-        teacher={}, student={}, text_encoder={}, null_context=jnp.zeros((1, 2)), decoder={}, clip={}
+        teacher={}, student={}, text_encoder={}, null_text=Text(jnp.zeros((1, 2))), decoder={}, clip={}
     )
     batch = steps.Batch(jnp.arange(64).reshape(64, 1) % 2, None)
     step = steps.make_train_step(models, objective, student_optimizer, score_optimizer)

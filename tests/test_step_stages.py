@@ -1,6 +1,7 @@
 """The stages of a step on their own: the VSD direction in all its variants, and the pull of the CLIP loss."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -36,24 +37,24 @@ def direction_inputs():
     world = worlds["epsilon"]
     key = world.init().key
     student, _ = steps.draw(world.run.objective, key, 0, tiny_world.BATCH, 1000)
-    context = tiny_world.fast_jit(world.run.models.text_encoder.apply)(
-        world.frozen.text_encoder, world.batch.input_ids
-    ).last_hidden_state
-    return worlds, score, student, context
+    conditions = tiny_world.fast_jit(functools.partial(steps.encode, world.run.models, world.run.objective))(
+        world.frozen, world.batch
+    )
+    return worlds, score, student, conditions.text
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("weighting", ["sbv2", "dmd"])
 @pytest.mark.parametrize(("guidance", "score_guidance"), GUIDANCES)
 def test_vsd_direction_equals_pytorch(direction_inputs, rng, prediction, weighting, guidance, score_guidance):
-    worlds, score, noise, context = direction_inputs
+    worlds, score, noise, text = direction_inputs
     world = worlds[prediction]
     x = rng.standard_normal((tiny_world.BATCH, *tiny_world.LATENTS), np.float32)
     objective = dataclasses.replace(
         world.run.objective, weighting=weighting, guidance=guidance, score_guidance=score_guidance
     )
     models = dataclasses.replace(world.run.models, score=score)
-    ours = steps.difference(models, objective, world.score, world.frozen, x, noise, context)
+    ours = steps.difference(models, objective, world.score, world.frozen, x, noise, text)
     assert ours.dtype == jnp.float32
 
     reference = make_reference(world, {"teacher_prediction": prediction})
@@ -61,8 +62,8 @@ def test_vsd_direction_equals_pytorch(direction_inputs, rng, prediction, weighti
     method.weighting, method.guidance, method.score_guidance = weighting, guidance, score_guidance
     ids = torch_ids(world)
     with torch.no_grad():
-        context, null = (reference.text(input_ids=i).last_hidden_state for i in (ids[0], ids[-1]))
-        theirs = reference.vsd_direction(nchw(x), nchw(noise.noise), integers(noise.t), context, null[0])
+        rows, null = reference.encode(ids[0]), reference.encode_null(ids[-1])
+        theirs = reference.vsd_direction(nchw(x), nchw(noise.noise), integers(noise.t), rows, null)
     for row, want in zip(ours, theirs.permute(0, 2, 3, 1), strict=True):  # each sample has its own weight
         assert relative_error(row, want) < BOUND
 
@@ -72,11 +73,11 @@ def test_vsd_direction_equals_pytorch(direction_inputs, rng, prediction, weighti
 )
 def test_a_guidance_of_one_costs_no_unconditional_forward(direction_inputs, guidance, score_guidance, passes):
     """Counted where the UNet begins: the rows that its first convolution is given."""
-    worlds, _, noise, context = direction_inputs
+    worlds, _, noise, text = direction_inputs
     world = worlds["epsilon"]
     objective = dataclasses.replace(world.run.objective, guidance=guidance, score_guidance=score_guidance)
     program = jax.make_jaxpr(
-        lambda x: steps.difference(world.run.models, objective, world.score, world.frozen, x, noise, context)
+        lambda x: steps.difference(world.run.models, objective, world.score, world.frozen, x, noise, text)
     )(noise.z)
     first = (3, 3, tiny_world.LATENTS[-1], tiny_world.UNET["block_out_channels"][0])
     rows = [
@@ -125,8 +126,8 @@ def test_null_prompts_are_those_of_their_own_samples():
     x = jax.random.normal(jax.random.key(1), (tiny_world.BATCH, *tiny_world.LATENTS))
 
     def stage(batch, noise):
-        context = steps.encode(models, frozen, batch).context
-        return steps.score_gradient(models, objective, world.score, frozen, x, context, noise)
+        text = steps.encode(models, objective, frozen, batch).text
+        return steps.score_gradient(models, objective, world.score, frozen, x, text, noise)
 
     def gradient(batch, null):
         noise = steps.ScoreNoise(draws.noise[0], draws.t[0], jnp.array(null))

@@ -2,7 +2,8 @@
 
 Each case is one run as `assemble` makes it, its `train_step` compiled once, and one `torch_reference.Reference`
 with the same weights and random numbers. Between them the cases have full and LoRA students, epsilon and v of
-student and of teacher, both weightings, all guidance scales, both decoders, several score updates, accumulation.
+student and of teacher, both weightings, all guidance scales, both decoders, several score updates, accumulation,
+and SDXL with both of its null conditions.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from tiny_world import World
 from torch_reference import integers, nchw
 
 from sbv2_jax import steps
+from sbv2_jax.conditions import split
 from sbv2_jax.convert.names import params_to_torch
 
 GRADIENT_BOUND = 1e-4
@@ -36,10 +38,10 @@ OPTIMIZER = {
     "optimizer.weight_decay": 0.03,
     "optimizer.clip_norm": 0.01,
 }
-# Changes of the configuration, and what the networks predict. The weight of the CLIP loss makes its gradient
-# about as large as the other's.
+# Changes of the configuration, what the networks predict, and what else the world is made of. The weight of the
+# CLIP loss makes its gradient about as large as the other's.
 CASES = {
-    "full, epsilon, sbv2, KL decoder": ({"clip.weight": 4.0, "clip.decoder": "vae"}, {}),
+    "full, epsilon, sbv2, KL decoder": ({"clip.weight": 4.0, "clip.decoder": "vae"}, {}, {}),
     "full, v, dmd, tiny decoder, two score updates": (
         {
             "vsd.weighting": "dmd",
@@ -48,6 +50,7 @@ CASES = {
             "score.updates_per_step": 2,
         },
         {"student_prediction": "v_prediction", "teacher_prediction": "v_prediction"},
+        {},
     ),
     "LoRA, v from epsilon, dmd, no guidance, tiny decoder, two passes": (
         {
@@ -60,10 +63,22 @@ CASES = {
             "accumulate": 2,
         },
         {"student_prediction": "v_prediction"},
+        {},
     ),
     "LoRA, epsilon from v, sbv2, KL decoder": (
         {"student.mode": "lora", "clip.weight": 1.0, "clip.decoder": "vae"},
         {"teacher_prediction": "v_prediction"},
+        {},
+    ),
+    "SDXL, full, v, zero null, two passes": (
+        {"clip.weight": 0.4, "clip.decoder": "vae", "accumulate": 2},
+        {"student_prediction": "v_prediction", "teacher_prediction": "v_prediction"},
+        {"xl": True, "zero_null": True},
+    ),
+    "SDXL, LoRA, epsilon, encoded null, two score updates": (
+        {"student.mode": "lora", "clip.weight": 2.0, "score.updates_per_step": 2},
+        {},
+        {"xl": True, "zero_null": False},
     ),
 }
 
@@ -101,22 +116,31 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
         weight_decay=config.optimizer.weight_decay,
         clip_norm=config.optimizer.clip_norm,
     )
+    xl = {}
+    if world.run.parts.text_encoder_2 is not None:
+        side = tiny_world.LATENTS[0] * world.run.parts.vae.config.downsampling
+        zero_null = world.run.parts.zero_null
+        xl = {"text_2": tiny_world.TEXT_2, "side": side, "zero_null": zero_null}
     decoders = {"vae": ("kl", tiny_world.KL_VAE), "vae_tiny": ("tiny", tiny_world.TINY_VAE)}
     reference = torch_reference.Reference(
         method,
-        unet=tiny_world.UNET,
+        unet=tiny_world.UNET_XL if xl else tiny_world.UNET,
         text=tiny_world.TEXT,
         clip=tiny_world.CLIP,
         vae=decoders[config.clip.decoder] if frozen.clip else None,
         student_lora=config.student.lora.to_dict() if world.run.lora_student else None,
         score_lora=config.score.to_dict(),
+        **xl,
     )
+    towers = split(frozen.text_encoder, world.run.parts.text_encoders)
     pairs = [
         (reference.teacher, frozen.teacher),
         (reference.score, frozen.teacher | world.score),
         (reference.student, frozen.student | world.student),
-        (reference.text, frozen.text_encoder),
+        (reference.text, towers["text_encoder"]),
     ]
+    if xl:
+        pairs.append((reference.text_2, towers["text_encoder_2"]))
     if frozen.clip:
         pairs += [(reference.clip, frozen.clip), (reference.vae, frozen.decoder)]
     for module, params in pairs:
@@ -127,7 +151,7 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
 
 def torch_ids(world: World) -> tuple[torch.Tensor, ...]:
     """Returns the ids of the prompts, of the CLIP loss's prompts and of the null prompt."""
-    return tuple(integers(a) for a in (*world.batch, tiny_world.EMPTY) if a is not None)
+    return tuple(integers(a) for a in (*world.batch, world.empty) if a is not None)
 
 
 def drawer(world: World) -> Callable:
@@ -162,8 +186,8 @@ def as_torch(state) -> dict[str, dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module", params=CASES)
 def both(request) -> Both:
-    changes, predictions = CASES[request.param]
-    world = tiny_world.make_world(OPTIMIZER | changes, **predictions)
+    changes, predictions, kind = CASES[request.param]
+    world = tiny_world.make_world(OPTIMIZER | changes, **predictions, **kind)
     reference = make_reference(world, predictions)
     optimizers = {
         name: recorded(getattr(world.run, name)) for name in ("student_optimizer", "score_optimizer")
@@ -206,14 +230,13 @@ def balance(reference, ids, draws) -> tuple[float, torch.Tensor, float]:
     """Returns a tau between the first step's cosines, these, and the ratio of both losses' gradients then."""
     z, noise, t = draws
     with torch.no_grad():
-        context = reference.text(input_ids=ids[0]).last_hidden_state
-        null = reference.text(input_ids=ids[2]).last_hidden_state[0]
-        x = reference.generate(z, context)
+        text, null = reference.encode(ids[0]), reference.encode_null(ids[2])
+        x = reference.generate(z, text)
     x.requires_grad_()
     method, cosines = reference.method, reference.cosines(x, ids[1])
     tau = cosines.sort().values[1:3].mean().item()
     (clip,) = torch.autograd.grad(method.clip_weight * torch.clamp(tau - cosines, min=0).mean(), x)
-    vsd = method.vsd_weight * reference.vsd_direction(x.detach(), noise, t, context, null) / x.numel()
+    vsd = method.vsd_weight * reference.vsd_direction(x.detach(), noise, t, text, null) / x.numel()
     return tau, cosines.detach(), (clip.norm() / vsd.norm()).item()
 
 
@@ -281,8 +304,9 @@ def test_a_second_run_is_bit_identical(both):
 def test_what_is_not_finite_changes_nothing_but_the_step(both):
     """A teacher that gives NaN on one of the prompts only, as an overflow would."""
     frozen = both.world.frozen
-    embedding = "text_model.embeddings.token_embedding.embedding"
-    token = both.world.batch.input_ids[1, 0]
+    suffix = "text_model.embeddings.token_embedding.embedding"
+    embedding = next(name for name in frozen.text_encoder if name.endswith(suffix))
+    token = both.world.batch.input_ids[1].flat[0]
     poisoned = frozen.text_encoder | {embedding: frozen.text_encoder[embedding].at[token].set(np.nan)}
     before = both.states[1]
     after, metrics = both.step(before, dataclasses.replace(frozen, text_encoder=poisoned), both.world.batch)

@@ -5,18 +5,46 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers import StableDiffusionPipeline as TorchPipeline
+from diffusers import StableDiffusionXLPipeline as TorchPipelineXL
 from parity import randomised
 from test_tokenizer import write_tokenizer
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 LENGTH = 12
+# SDXL's two towers, of different widths and depths, and a UNet for what they give and six sizes.
+XL_TEXT = {"num_hidden_layers": 2}
+XL_TEXT_2 = {"hidden_size": 20, "num_hidden_layers": 3, "projection_dim": 10, "hidden_act": "gelu"}
+XL_UNET = {
+    "cross_attention_dim": 12 + 20,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 10 + 6 * 4,
+}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def write_pipeline(directory: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Writes a pipeline of 32 px pictures with `clip/` and `vae_tiny/` beside it; returns its directory."""
+def write_pipeline(
+    directory: Path,
+    *,
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    xl: bool = False,
+    zero_null: bool = True,
+) -> Path:
+    """Writes a pipeline of 32 px pictures with `clip/` and `vae_tiny/` beside it; returns its directory.
+
+    With `xl` it is one of SDXL, whose null condition is zeros if `zero_null`.
+    """
     torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(directory / "written", 2, LENGTH))
+    tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(directory / "written", 1 if xl else 2, LENGTH))
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 12,
@@ -42,7 +70,7 @@ def write_pipeline(directory: Path, *, prediction_type: str = "epsilon", seed: i
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=2,
-        cross_attention_dim=12,
+        **(XL_UNET if xl else {"cross_attention_dim": 12}),
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8),
@@ -59,16 +87,26 @@ def write_pipeline(directory: Path, *, prediction_type: str = "epsilon", seed: i
         num_decoder_blocks=(1, 1, 1),
     )
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    pipeline = TorchPipeline(
-        vae=randomised(vae),
-        text_encoder=randomised(CLIPTextModel(CLIPTextConfig(**text))),
-        tokenizer=tokenizer,
-        unet=randomised(unet),
-        scheduler=DDIMScheduler(**BETAS, prediction_type=prediction_type, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {
+        "vae": randomised(vae),
+        "text_encoder": randomised(CLIPTextModel(CLIPTextConfig(**text | (XL_TEXT if xl else {})))),
+        "tokenizer": tokenizer,
+        "unet": randomised(unet),
+        "scheduler": DDIMScheduler(**BETAS, prediction_type=prediction_type, clip_sample=False),
+    }
+    if xl:
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**text | XL_TEXT_2))
+        pipeline = TorchPipelineXL(
+            **parts,
+            text_encoder_2=randomised(second),
+            tokenizer_2=CLIPTokenizer.from_pretrained(write_tokenizer(directory / "written_2", 2, LENGTH)),
+            force_zeros_for_empty_prompt=zero_null,
+            add_watermarker=False,
+        )
+    else:
+        pipeline = TorchPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     path = directory / "pipeline"
     pipeline.save_pretrained(path)
     randomised(tiny).save_pretrained(path / "vae_tiny")

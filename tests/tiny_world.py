@@ -26,6 +26,7 @@ from sbv2_jax.tree import Params
 
 BATCH, LATENTS, VOCABULARY, END, LENGTH = 4, (8, 8, 4), 40, 39, 7
 EMPTY = np.full((1, LENGTH), END, np.int32)  # the null prompt
+EMPTY_XL = np.stack([EMPTY, np.where(np.arange(LENGTH)[None] < 2, END, 0)], axis=1).astype(np.int32)
 
 UNET = {
     "sample_size": LATENTS[0],
@@ -49,6 +50,20 @@ TEXT = {
     "bos_token_id": VOCABULARY - 2,
     "eos_token_id": END,
     "pad_token_id": END,
+}
+# SDXL: a second tower, of another width and depth and with a projection; the UNet takes both and six sizes.
+TEXT_2 = TEXT | {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "hidden_act": "gelu",
+    "projection_dim": 10,
+}
+UNET_XL = UNET | {
+    "cross_attention_dim": TEXT["hidden_size"] + TEXT_2["hidden_size"],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 6,
+    "projection_class_embeddings_input_dim": TEXT_2["projection_dim"] + 6 * 6,
 }
 # Smaller than the decoders' pictures, so that the resize has to filter.
 VISION = {
@@ -130,6 +145,11 @@ class World:
     score: Params
     batch: steps.Batch
 
+    @property
+    def empty(self) -> np.ndarray:
+        """The token ids of the null prompt, [1, S] or [1, 2, S]."""
+        return EMPTY if self.run.parts.text_encoder_2 is None else EMPTY_XL
+
     def init(self, **optimizers: Any) -> TrainState:
         """Returns the state at step 0, for the run's optimizers unless others are given."""
         chosen = {name: getattr(self.run, name) for name in ("student_optimizer", "score_optimizer")}
@@ -144,29 +164,40 @@ def make_world(
     student_prediction: str = "epsilon",
     teacher_prediction: str = "epsilon",
     unet: dict = UNET,
+    xl: bool = False,
+    zero_null: bool = True,
 ) -> World:
     """Returns a world whose configuration is CONFIG with these changes, all weights drawn at random.
 
-    The student starts from other weights than the teacher's. A `clip.weight` brings the CLIP loss.
+    The student starts from other weights than the teacher's. A `clip.weight` brings the CLIP loss. With `xl` the
+    world is one of SDXL, with UNET_XL, whose null condition is zeros if `zero_null`.
     """
     config = default_config()
     config.update_from_flattened_dict(CONFIG | (changes or {}))
-    parts = _parts(config, unet, student_prediction, teacher_prediction)
+    parts = _parts(config, UNET_XL if xl else unet, student_prediction, teacher_prediction)
+    if xl:
+        second = Part(config=CLIPTextConfig.from_dict(TEXT_2), directory=None)
+        parts = dataclasses.replace(parts, text_encoder_2=second, zero_null=zero_null)
     run = assemble(config, parts)
     student_base, student_lora = lora.split(random_params(run.models.student, 2))
     teacher, score = lora.split(random_params(run.models.score, 3))
     text_params = random_params(run.models.text_encoder, 1)
-    null_context = fast_jit(run.models.text_encoder.apply)(text_params, EMPTY).last_hidden_state[0]
+    latents = run.objective.latent_shape
+    empty = EMPTY_XL[0] if xl else EMPTY[0]
+    null_text = fast_jit(lambda params: run.models.text_encoder.null(params, empty, latents))(text_params)
     frozen = Frozen(
         teacher=teacher,
         student=student_base if run.lora_student else {},
         text_encoder=text_params,
-        null_context=null_context,
+        null_text=null_text,
         decoder=random_params(network(parts.decoder.config), 4) if parts.decoder else {},
         clip=random_params(network(parts.clip.config), 5) if parts.clip else {},
     )
     rng = np.random.default_rng(7)
     ids, clip_ids = token_ids(rng, config.batch_size), token_ids(rng, config.batch_size)
+    if xl:  # the same prompts, padded as the second tokenizer does
+        ended = np.cumsum(ids == END, axis=1) > 1
+        ids = np.stack([ids, np.where(ended, 0, ids)], axis=1).astype(np.int32)
     return World(
         config=config,
         run=run,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
@@ -71,7 +71,10 @@ class Reference:
     """One run: the networks, the two optimisers and the averaged student.
 
     unet, text, clip, vae: configurations; `vae` None for no CLIP loss. student_lora, score_lora: rank, alpha
-    and targets; `student_lora` None trains the whole student.
+    and targets; `student_lora` None trains the whole student. For SDXL `text_2` is the second tower, `side` that
+    of the pictures in pixels, and `zero_null` whether the null condition is zeros.
+
+    What a prompt gives the UNet is a tuple: the context and, for SDXL, the pooled text.
     """
 
     def __init__(
@@ -84,6 +87,9 @@ class Reference:
         vae: tuple[str, dict] | None,
         student_lora: dict | None,
         score_lora: dict,
+        text_2: dict | None = None,
+        side: int = 0,
+        zero_null: bool = False,
     ):
         self.method = method
         self.student_process = Process(method.student_prediction)
@@ -94,6 +100,8 @@ class Reference:
         if student_lora is not None:
             self.student = with_lora(self.student, student_lora)
         self.text = CLIPTextModel(CLIPTextConfig(**text))
+        self.text_2 = None if text_2 is None else CLIPTextModelWithProjection(CLIPTextConfig(**text_2))
+        self.side, self.zero_null = side, zero_null
         self.clip = CLIPModel(CLIPConfig(**clip))
         self.vae = None
         if vae is not None:
@@ -106,7 +114,7 @@ class Reference:
                 module.requires_grad_(False)
 
     def modules(self) -> list[torch.nn.Module]:
-        every = [self.teacher, self.score, self.student, self.text, self.clip, self.vae]
+        every = [self.teacher, self.score, self.student, self.text, self.text_2, self.clip, self.vae]
         return [module for module in every if module is not None]
 
     def start(self) -> None:
@@ -119,25 +127,46 @@ class Reference:
         self.gradients = {}
         self.average = copy.deepcopy(self.student)
 
-    def generate(self, z: Tensor, context: Tensor) -> Tensor:
+    @torch.no_grad()
+    def encode(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """The text of prompts [B, S], or for SDXL [B, 2, S]."""
+        if self.text_2 is None:
+            return (self.text(input_ids=ids).last_hidden_state,)
+        first = self.text(input_ids=ids[:, 0], output_hidden_states=True)
+        second = self.text_2(input_ids=ids[:, 1], output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+    def encode_null(self, empty_ids: Tensor) -> tuple[Tensor, ...]:
+        """The null condition, each part without a batch axis."""
+        return tuple(part[0] * (not self.zero_null) for part in self.encode(empty_ids))
+
+    def output(self, unet, x_t: Tensor, t: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+        if self.text_2 is None:
+            return unet(x_t, t, text[0]).sample
+        sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]]).repeat(len(x_t), 1)
+        added = {"text_embeds": text[1], "time_ids": sizes}
+        return unet(x_t, t, text[0], added_cond_kwargs=added).sample
+
+    def generate(self, z: Tensor, text: tuple[Tensor, ...]) -> Tensor:
         """x = G(z, y): the x0 that the student sees in pure noise at the last timestep."""
         t = torch.full((len(z),), self.student_process.last)
-        return self.student_process.x0(self.student(z, t, context).sample, z, t)
+        return self.student_process.x0(self.output(self.student, z, t, text), z, t)
 
-    def guided(self, unet, x_t: Tensor, t: Tensor, context: Tensor, null: Tensor, scale: float) -> Tensor:
-        conditional = self.process.epsilon(unet(x_t, t, context).sample, x_t, t)
+    def guided(self, unet, x_t: Tensor, t: Tensor, text: tuple, null: tuple, scale: float) -> Tensor:
+        conditional = self.process.epsilon(self.output(unet, x_t, t, text), x_t, t)
         if scale == 1:
             return conditional
-        unconditional = self.process.epsilon(unet(x_t, t, null.expand_as(context)).sample, x_t, t)
+        nulls = tuple(part.expand_as(own) for part, own in zip(null, text, strict=True))
+        unconditional = self.process.epsilon(self.output(unet, x_t, t, nulls), x_t, t)
         return unconditional + scale * (conditional - unconditional)
 
     @torch.no_grad()
-    def vsd_direction(self, x: Tensor, epsilon: Tensor, t: Tensor, context: Tensor, null: Tensor) -> Tensor:
+    def vsd_direction(self, x: Tensor, epsilon: Tensor, t: Tensor, text: tuple, null: tuple) -> Tensor:
         """w_t (eps_T - eps_S), with the weight of each sample spelt out (SwiftBrush; DMD, equation 8)."""
         m, process = self.method, self.process
         x_t = process.noised(x, epsilon, t)
-        teacher = self.guided(self.teacher, x_t, t, context, null, m.guidance)
-        score = self.guided(self.score, x_t, t, context, null, m.score_guidance)
+        teacher = self.guided(self.teacher, x_t, t, text, null, m.guidance)
+        score = self.guided(self.score, x_t, t, text, null, m.score_guidance)
         if m.weighting == "sbv2":
             weight = process.s(t) ** 2
         else:
@@ -157,11 +186,9 @@ class Reference:
         text = self.clip.text_model(input_ids=ids).pooler_output
         return F.cosine_similarity(self.clip.visual_projection(image), self.clip.text_projection(text))
 
-    def student_loss(
-        self, x, noise, t, context, null, clip_ids, step: int
-    ) -> tuple[Tensor, dict[str, float]]:
+    def student_loss(self, x, noise, t, text, null, clip_ids, step: int) -> tuple[Tensor, dict[str, float]]:
         m = self.method
-        direction = self.vsd_direction(x.detach(), noise, t, context, null)
+        direction = self.vsd_direction(x.detach(), noise, t, text, null)
         loss = m.vsd_weight * (direction * x).mean()
         reported = {"loss/vsd": 0.5 * (direction**2).mean()}
         if self.vae is not None:
@@ -170,10 +197,10 @@ class Reference:
             reported["loss/clip"] = clamped
         return loss, {name: value.item() for name, value in reported.items()}
 
-    def score_loss(self, x, noise, t, null_mask, context, null) -> Tensor:
+    def score_loss(self, x, noise, t, null_mask, text, null) -> Tensor:
         x_t = self.process.noised(x, noise, t)
-        rows = [null if dropped else own for dropped, own in zip(null_mask, context, strict=True)]
-        output = self.score(x_t, t, torch.stack(rows)).sample
+        rows = [null if dropped else own for dropped, *own in zip(null_mask, *text, strict=True)]
+        output = self.output(self.score, x_t, t, tuple(map(torch.stack, zip(*rows, strict=True))))
         return (self.process.a(t) ** 2 * (self.process.epsilon(output, x_t, t) - noise) ** 2).mean()
 
     def step(self, index: int, ids, clip_ids, empty_ids, student_draw, score_draws) -> dict[str, float]:
@@ -182,17 +209,15 @@ class Reference:
         student_draw: z, noise, t. score_draws: noise, t and the mask of null prompts of each update.
         """
         z, noise, t = student_draw
-        with torch.no_grad():
-            context = self.text(input_ids=ids).last_hidden_state
-            null = self.text(input_ids=empty_ids).last_hidden_state[0]
-        x = self.generate(z, context)
-        loss, reported = self.student_loss(x, noise, t, context, null, clip_ids, index)
+        text, null = self.encode(ids), self.encode_null(empty_ids)
+        x = self.generate(z, text)
+        loss, reported = self.student_loss(x, noise, t, text, null, clip_ids, index)
         self.descend(self.student, loss)
         with torch.no_grad():
             for mean, new in zip(self.average.parameters(), self.student.parameters(), strict=True):
                 mean.copy_(self.method.ema * mean + (1 - self.method.ema) * new)
         for score_draw in score_draws:
-            loss = self.score_loss(x.detach(), *score_draw, context, null)
+            loss = self.score_loss(x.detach(), *score_draw, text, null)
             self.descend(self.score, loss)
             reported.setdefault("loss/score", 0.0)
             reported["loss/score"] += loss.item() / len(score_draws)

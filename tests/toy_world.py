@@ -10,6 +10,7 @@ from flax import nnx
 from tiny_world import fast_jit
 
 from sbv2_jax import lora, steps
+from sbv2_jax.conditions import Text, TextEncoder
 from sbv2_jax.models.clip import TextOutput
 from sbv2_jax.models.layers import Embed, Linear
 from sbv2_jax.models.network import Network
@@ -20,7 +21,7 @@ from sbv2_jax.tree import cast
 BATCH, LATENTS, VOCABULARY = 8, (2, 2, 3), 12
 
 
-class Text(nnx.Module):
+class Table(nnx.Module):
     """A table of vectors in place of a text tower."""
 
     def __init__(self, rngs: nnx.Rngs):
@@ -40,7 +41,9 @@ class Denoiser(nnx.Module):
         self.time = Linear(1, 6, rngs=rngs)
         self.out = Linear(6, 3, rngs=rngs)
 
-    def __call__(self, latents: jax.Array, timesteps: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(
+        self, latents: jax.Array, timesteps: jax.Array, context: jax.Array, added: None
+    ) -> jax.Array:
         time = self.time((timesteps[:, None] / 1000).astype(latents.dtype))
         hidden = self.to_q(latents) + (self.text(context.mean(1)) + time)[:, None, None]
         return self.out(jnp.tanh(hidden))
@@ -50,7 +53,7 @@ class Toy:
     """A run of toy networks with the CLIP loss; `changes` are fields of its `Objective`."""
 
     def __init__(self, dtype: jnp.dtype = jnp.float32, **changes):
-        text, student = Network(Text), Network(Denoiser)
+        text, student = Network(Table), Network(Denoiser)
         score = Network(lambda rngs: lora.attach(Denoiser(rngs), "to_q", 2, rngs))
         rng = np.random.default_rng(0)
 
@@ -69,7 +72,7 @@ class Toy:
             student_schedule=schedule,
             score=score,
             score_schedule=schedule,
-            text_encoder=text,
+            text_encoder=TextEncoder({"text_encoder": text}),
             decode=lambda p, x: jnp.tanh(p["gain"] * x),
             clip_image=lambda p, x: x.reshape(x.shape[0], -1) @ p["picture"],
             clip_text=lambda p, ids: p["table"][ids[:, 0]] @ p["word"],
@@ -79,7 +82,7 @@ class Toy:
             teacher=teacher,
             student={},
             text_encoder=text_params,
-            null_context=text_params["table.embedding"][np.zeros(3, np.int32)],
+            null_text=Text(text_params["table.embedding"][np.zeros(3, np.int32)]),
             decoder={"gain": jnp.float32(0.8)},
             clip={"picture": picture, "word": word, "table": params(text)["table.embedding"]},
         )

@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline directory in the layout of diffusers: opened part by part, and written."""
+"""A Stable Diffusion or SDXL pipeline directory in the layout of diffusers: opened part by part, and written."""
 
 import dataclasses
 import functools
@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from sbv2_jax.convert.component import Component, load_component, load_config, write_component
+from sbv2_jax.convert.families import (
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    Family,
+    check_fit,
+    family_of,
+    make_index,
+    zero_null,
+)
 from sbv2_jax.convert.files import existing_directory, file_of, new_directory, read_json, write_json
 from sbv2_jax.convert.resolve import resolve
 from sbv2_jax.convert.side_files import copy_clip_files, tokenizer_files, write_preprocessor
@@ -16,30 +25,20 @@ from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import class_of
 from sbv2_jax.schedule import ScheduleConfig
-from sbv2_jax.tokenizer import Tokenizer, load_tokenizer
+from sbv2_jax.tokenizer import Tokenizer, TokenizerPair, load_tokenizer
 
-PIPELINE_CLASSES = ("StableDiffusionPipeline",)
-# Every part of a pipeline that is read, with the library and the classes that model_index.json may name.
-_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
-    "text_encoder": ("transformers", ("CLIPTextModel", "CLIPTextModelWithProjection")),
-    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
-    "scheduler": ("diffusers", ScheduleConfig.CLASSES),
-}
-# Not read: the pictures that they judge or describe are not ours.
-_NOT_READ = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 # Networks that training needs and diffusers' pipeline does not know: folders beside the others.
 _EXTRAS = {"vae_tiny": ("AutoencoderTiny",), "clip": ("CLIPModel",)}
-_MODELS = ("unet", "vae", "text_encoder")
+# Every folder of a pipeline: SDXL has all that the others have.
+_PARTS = STABLE_DIFFUSION_XL.parts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PipelineParts:
     """An opened pipeline: its settings are read and checked, its weights are read when asked for.
 
-    `unet`, `vae`, `text_encoder`, `tokenizer`, and `vae_tiny` and `clip` (None where the pipeline has none) load
-    at the first use and stay; `component` loads without keeping.
+    `unet`, `vae`, `text_encoder`, `tokenizer`, and `text_encoder_2`, `vae_tiny` and `clip` (None where the pipeline
+    has none) load at the first use and stay; `component` loads without keeping.
     """
 
     directory: Path
@@ -49,6 +48,14 @@ class PipelineParts:
     scheduler: Mapping[str, Any]
     """The values of scheduler_config.json as they are."""
     schedule_config: ScheduleConfig
+    family: Family
+    zero_null: bool
+    """Whether the null condition is zeros, not the encoded empty prompt (SDXL)."""
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The folders of the text towers: one, or SDXL's two."""
+        return self.family.towers
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -77,6 +84,10 @@ class PipelineParts:
         return self.component("text_encoder")
 
     @functools.cached_property
+    def text_encoder_2(self) -> Component | None:
+        return self.component("text_encoder_2") if "text_encoder_2" in self.configs else None
+
+    @functools.cached_property
     def vae_tiny(self) -> Component | None:
         return self.component("vae_tiny") if "vae_tiny" in self.configs else None
 
@@ -85,8 +96,9 @@ class PipelineParts:
         return self.component("clip") if "clip" in self.configs else None
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.component_dir("tokenizer"))
+    def tokenizer(self) -> Tokenizer | TokenizerPair:
+        found = [load_tokenizer(self.component_dir(name)) for name in self.family.tokenizers]
+        return found[0] if len(found) == 1 else TokenizerPair(*found)
 
 
 def component_dir(directory: str | Path, name: str) -> Path:
@@ -123,22 +135,29 @@ def load_pipeline(path: str | Path, *, dtype: Any | None = None) -> PipelinePart
     directory = resolve(path)
     index_path = file_of(directory, "model_index.json")
     index = read_json(index_path)
-    _check_index(index, str(index_path))
-    configs = {name: load_config(component_dir(directory, name)) for name in _MODELS}
+    family = family_of(index, str(index_path))
+    configs = {name: load_config(component_dir(directory, name)) for name in family.networks}
     for name, classes in _EXTRAS.items():
         if (directory / name).exists():
             configs[name] = load_config(component_dir(directory, name))
             if class_of(configs[name]) not in classes:
                 raise InputError(f"{directory / name} is a {class_of(configs[name])}, expected {classes[0]}")
-    for name in _MODELS:
+    for name in family.networks:
         if class_of(configs[name]) != index[name][1]:
             raise InputError(
                 f"{directory / name} is a {class_of(configs[name])}, but {index_path} says {index[name][1]}"
             )
-    component_dir(directory, "tokenizer")
-    _check_fit(configs, str(directory))
+    for name in family.tokenizers:
+        component_dir(directory, name)
+    check_fit(family, configs, str(directory))
     return PipelineParts(
-        directory, dtype, configs, read_json(_scheduler_file(directory)), read_schedule(directory)
+        directory=directory,
+        dtype=dtype,
+        configs=configs,
+        scheduler=read_json(_scheduler_file(directory)),
+        schedule_config=read_schedule(directory),
+        family=family,
+        zero_null=zero_null(family, index),
     )
 
 
@@ -150,45 +169,6 @@ def read_schedule(directory: str | Path) -> ScheduleConfig:
 
 def _scheduler_file(directory: str | Path) -> Path:
     return file_of(component_dir(directory, "scheduler"), "scheduler_config.json")
-
-
-def _check_index(index: Mapping[str, Any], source: str) -> None:
-    found = index.get("_class_name")
-    if found not in PIPELINE_CLASSES:
-        supported = ", ".join(PIPELINE_CLASSES)
-        raise InputError(f"{source}: pipeline class {found!r} is not supported (only {supported})")
-    wrong = []
-    for name, (library, classes) in _PARTS.items():
-        entry = index.get(name)
-        if entry not in [[library, one] for one in classes]:
-            wrong.append(f"{name}={entry!r} is not supported ({library}: {' or '.join(classes)})")
-    for name, entry in index.items():
-        known = name in _PARTS or name in _NOT_READ or name.startswith("_")
-        # An optional part that a pipeline does not have is written as [null, null].
-        if not known and isinstance(entry, list) and any(entry):
-            wrong.append(f"unknown part {name}={entry!r}")
-    if wrong:
-        raise InputError(f"{source}: {'; '.join(wrong)}")
-
-
-def _check_fit(configs: Mapping[str, ModelConfig], source: str) -> None:
-    """Raises InputError where the networks' widths differ; the messages name fields of the files."""
-    unet, vae, text = (configs[name] for name in _MODELS)
-    wrong = []
-    if set(unet.per_level("cross_attention_dim")) != {text.hidden_size}:
-        wrong.append(
-            f"unet cross_attention_dim={unet.cross_attention_dim}, text_encoder hidden_size={text.hidden_size}"
-        )
-    if unet.addition_embed_type is not None:
-        wrong.append(f"unet addition_embed_type={unet.addition_embed_type!r} needs another pipeline class")
-    for name in ("vae", "vae_tiny"):
-        if name in configs and unet.out_channels != configs[name].latent_channels:
-            channels = configs[name].latent_channels
-            wrong.append(f"unet out_channels={unet.out_channels}, {name} latent_channels={channels}")
-    if unet.in_channels != vae.latent_channels:
-        wrong.append(f"unet in_channels={unet.in_channels}, vae latent_channels={vae.latent_channels}")
-    if wrong:
-        raise InputError(f"{source}: the networks do not fit each other: {'; '.join(wrong)}")
 
 
 def one_step_scheduler(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,6 +203,7 @@ def save_pipeline(
     unet: Component | Path | None = None,
     vae: Component | Path | None = None,
     text_encoder: Component | Path | None = None,
+    text_encoder_2: Component | Path | None = None,
     tokenizer_dir: str | Path | None = None,
     scheduler: Mapping[str, Any] | None = None,
     vae_tiny: Component | Path | None = None,
@@ -232,39 +213,46 @@ def save_pipeline(
     dtype: Any | None = None,
     orbax: bool = False,
 ) -> None:
-    """Writes a pipeline directory that diffusers' `StableDiffusionPipeline.from_pretrained` loads.
+    """Writes a pipeline directory that diffusers' `DiffusionPipeline.from_pretrained` loads.
 
     A network is given as it is, or as the directory to take it from (one is in memory at a time then), a CLIP
     with the `preprocessor_config.json` and the tokenizer that lie there. `scheduler` holds the values of a
     scheduler_config.json; with `one_step` it becomes `one_step_scheduler`. What is not given is taken from the
-    pipeline `base`. Types are kept unless `dtype` is given. With `orbax` the weights are written as Orbax
-    checkpoints: the directory is then one for this package, not for diffusers.
+    pipeline `base`, without which no SDXL is written. Types are kept unless `dtype` is given. With `orbax` the
+    weights are written as Orbax checkpoints: the directory is then one for this package, not for diffusers.
     All is written next to `directory` and renamed at the end. Raises InputError for a directory that is not
     empty or cannot be written, and for parts that are missing, wrong, or do not fit each other.
     """
     parts: dict[str, Component | Path | None] = {
-        "unet": unet, "vae": vae, "text_encoder": text_encoder, "vae_tiny": vae_tiny, "clip": clip,
+        "unet": unet, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2,
+        "vae_tiny": vae_tiny, "clip": clip,
     }  # fmt: skip
+    family, zeros, tokenizers = STABLE_DIFFUSION, False, {}
     if base is not None:
         opened = load_pipeline(base)
+        family, zeros = opened.family, opened.zero_null
+        tokenizers = {name: opened.component_dir(name) for name in family.tokenizers}
         for name, part in parts.items():
             if part is None and name in opened.configs:
                 parts[name] = opened.component_dir(name)
-        tokenizer_dir = tokenizer_dir or opened.component_dir("tokenizer")
         scheduler = scheduler or opened.scheduler
-    missing = [name for name in _MODELS if parts[name] is None]
-    missing += ["tokenizer_dir"] * (tokenizer_dir is None) + ["scheduler"] * (scheduler is None)
+    if tokenizer_dir is not None:
+        tokenizers["tokenizer"] = tokenizer_dir
+    missing = [name for name in family.networks if parts[name] is None]
+    missing += ["tokenizer_dir"] * (not tokenizers) + ["scheduler"] * (scheduler is None)
     if missing:
         raise InputError(f"a pipeline needs {', '.join(missing)}, or a base to take them from")
+    if text_encoder_2 is not None and "text_encoder_2" not in family.parts:
+        raise InputError(f"a {family.pipeline_class} has no text_encoder_2")
     parts = {name: part for name, part in parts.items() if part is not None}
     configs = {
         name: part.config if isinstance(part, Component) else load_config(part)
         for name, part in parts.items()
     }
-    _check_fit(configs, str(directory))
+    check_fit(family, configs, str(directory))
     ScheduleConfig.from_dict(dict(scheduler), "the scheduler given")
     values = one_step_scheduler(scheduler) if one_step else dict(scheduler)
-    tokenizer = tokenizer_files(tokenizer_dir)
+    token_files = {name: tokenizer_files(folder) for name, folder in tokenizers.items()}
 
     with new_directory(directory) as partial:
         for name, part in parts.items():
@@ -278,23 +266,11 @@ def save_pipeline(
             write_preprocessor(partial / "clip", CLIPImageConfig(size=side, crop_size=side))
         elif clip is not None:
             copy_clip_files(Path(clip), partial / "clip")
-        (partial / "tokenizer").mkdir()
-        for path in tokenizer:
-            shutil.copyfile(path, partial / "tokenizer" / path.name)
+        for name, files in token_files.items():
+            (partial / name).mkdir()
+            for path in files:
+                shutil.copyfile(path, partial / name / path.name)
         (partial / "scheduler").mkdir()
         write_json(partial / "scheduler" / "scheduler_config.json", values)
-        write_json(partial / "model_index.json", _index(configs, values["_class_name"]))
-
-
-def _index(configs: Mapping[str, ModelConfig], scheduler_class: str) -> dict[str, Any]:
-    named = {name: [_PARTS[name][0], class_of(configs[name])] for name in _MODELS}
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        **named,
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", scheduler_class],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "safety_checker": [None, None],
-        "requires_safety_checker": False,
-    }
+        index = make_index(family, configs, values["_class_name"], zeros)
+        write_json(partial / "model_index.json", index)

@@ -23,6 +23,16 @@ _CLIP_H_TEXT = {
     "hidden_act": "gelu",
     "projection_dim": 512,
 }
+_CLIP_BIG_G_TEXT = {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
 _VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -66,6 +76,25 @@ ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
         "text_encoder": _CLIP_H_TEXT,
         "vae": _VAE | {"sample_size": 768},
         "scheduler": _SCHEDULER | {"prediction_type": "v_prediction"},
+    },
+    "sdxl": {
+        "unet": {
+            "sample_size": 128,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "block_out_channels": [320, 640, 1280],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        "text_encoder": _CLIP_L_TEXT,
+        "text_encoder_2": _CLIP_BIG_G_TEXT,
+        "vae": _VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+        "scheduler": _SCHEDULER | {"prediction_type": "epsilon"},
     },
 }
 
