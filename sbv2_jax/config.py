@@ -77,7 +77,7 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of the weights, noise, times and the order of the prompts
     config.teacher = "bundled"  # a diffusers directory, a hub id, or "bundled" (the OpenMoji pipeline)
     config.architecture = (
-        ""  # "sd15", "sd21-base", "sd21": what the teacher must be; sizes a dry run without it
+        ""  # "sd15", "sd21-base", "sd21", "sdxl": what the teacher must be; sizes a dry run without it
     )
     config.resolution = 0  # pixels a side; 0 is what the teacher's UNet was made for
     config.prompts = (

@@ -7,10 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from conftest import measured
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import StableDiffusionXLPipeline as TorchPipelineXL
 from made_run import make_run
 from parity import nchw
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
 from test_convert import listening
 from test_tokenizer import write_tokenizer
 from test_train import CONFIG, command, fields, metrics, run
@@ -257,3 +261,46 @@ def test_tokenizers_of_different_lengths_are_refused(world, copied, tmp_path):
     config.update_from_flattened_dict(fields(world, {"teacher": str(copied)}))
     with pytest.raises(InputError, match="tokenizer_2: .length, vocabulary. is"):
         train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("spelling", ["diffusers", "kohya"])
+def test_a_lora_of_the_unet_and_both_towers_is_fused(world, tmp_path, noise, spelling):
+    """In kohya's names the layers of the UNet are spelt as diffusers spells them, not in SDXL's first names."""
+    pipe = opened(world / "pipeline")
+    pipe.scheduler = DDPMScheduler.from_config(one_step_scheduler(dict(pipe.scheduler.config)))
+    torch.manual_seed(4)
+    targets = {"unet": ["to_q"], "text_encoder": ["q_proj"], "text_encoder_2": ["fc1", "v_proj"]}
+    states, settings = {}, {}
+    for part, names in targets.items():
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=names, init_lora_weights=False)
+        module = inject_adapter_in_model(config, getattr(pipe, part))
+        states[part] = {name: leaf.contiguous() for name, leaf in get_peft_model_state_dict(module).items()}
+        settings[f"{part}_lora_adapter_metadata"] = config.to_dict()
+    if spelling == "diffusers":
+        TorchPipelineXL.save_lora_weights(
+            tmp_path,
+            *states.values(),
+            weight_name="lora.safetensors",
+            **settings,
+        )
+    else:
+        save_file(kohya_names(states, alpha=3.0), tmp_path / "lora.safetensors")
+    want = pipe(PROMPTS, latents=nchw(noise), **ONE_STEP).images  # with the adapters still in it
+    fuse_file(open_model(world / "pipeline"), tmp_path / "lora.safetensors", tmp_path / "fused")
+    changed = listing.differences(listing.tensors(tmp_path / "fused"), listing.tensors(world / "pipeline"))
+    assert {line.split(".")[0] for line in changed} == set(targets)
+    require_equal_pictures(sbv2_jax.load(tmp_path / "fused")(PROMPTS, noise=noise), want)
+
+
+def kohya_names(states: dict[str, dict[str, torch.Tensor]], alpha: float) -> dict[str, torch.Tensor]:
+    """Returns the factors under the names of kohya's scripts, with an alpha for every layer."""
+    found = {}
+    for part, state in states.items():
+        for name, leaf in state.items():
+            module, end = name.split(".lora_")
+            text = "" if part == "unet" or module.startswith("text_model.") else "text_model_"
+            prefix = {"unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2"}[part]
+            path = f"lora_{prefix}_{text}{module.replace('.', '_')}"
+            found[f"{path}.lora_{'down' if end.startswith('A') else 'up'}.weight"] = leaf
+            found[f"{path}.alpha"] = torch.tensor(alpha)
+    return found

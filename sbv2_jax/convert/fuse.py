@@ -1,4 +1,4 @@
-"""LoRAs added to the weights of a UNet and of a text encoder, in float32."""
+"""LoRAs added to the weights of a UNet and of its text encoders, in float32."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from sbv2_jax import lora
-from sbv2_jax.convert.component import Component, load_component, load_config
+from sbv2_jax.convert.component import Component, load_component
 from sbv2_jax.convert.lora_files import Lora, modules_of, read_loras
-from sbv2_jax.convert.pipeline import component_dir
+from sbv2_jax.convert.pipeline import load_pipeline
 from sbv2_jax.convert.unets import Model, save_model
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import network
@@ -44,26 +44,28 @@ def fuse(base: Mapping[str, np.ndarray], update: Lora) -> dict[str, np.ndarray]:
 
 
 def fuse_file(model: Model, file: str | Path, out: str | Path, alpha: float | None = None) -> None:
-    """Writes a model with the LoRA of a file fused into the weights of its UNet and of its text encoder.
+    """Writes a model with the LoRA of a file fused into the weights of its UNet and of its text encoders.
 
     Raises InputError as `read_loras`, `require_fit` and `save_model` do, and for a LoRA of a text encoder where
     the model is a UNet on its own; nothing is written then.
     """
     layers = {"unet": _layers(model.unet.params)}
-    text_encoder = None if model.pipeline is None else component_dir(model.pipeline, "text_encoder")
-    if text_encoder is not None:
-        layers["text_encoder"] = _layers(network(load_config(text_encoder)).shapes)
+    towers = {}
+    if model.pipeline is not None:
+        opened = load_pipeline(model.pipeline)
+        towers = {name: opened.component_dir(name) for name in opened.text_encoders}
+        layers |= {name: _layers(network(opened.configs[name]).shapes) for name in towers}
     updates = read_loras(file, alpha, layers)
     if missing := [part for part in updates if part not in layers]:
-        raise InputError(
-            f"{file} is for a {' and a '.join(missing)} too, and {model.name} is a UNet on its own"
-        )
+        kind = "has none" if towers else "is a UNet on its own"
+        raise InputError(f"{file} is for a {' and a '.join(missing)} too, and {model.name} {kind}")
     fused = {}
     for part, update in updates.items():
-        component = model.unet if part == "unet" else load_component(text_encoder)
+        component = model.unet if part == "unet" else load_component(towers[part])
         require_fit(update.factors, component.params, f"the {part} of {model.name}")
         fused[part] = Component(component.config, fuse(component.params, update))
-    save_model(out, dataclasses.replace(model, **fused))
+    unet = fused.pop("unet", model.unet)
+    save_model(out, dataclasses.replace(model, unet=unet, text_encoders=fused))
 
 
 def _layers(params: Mapping[str, Any]) -> list[str]:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from sbv2_jax.errors import InputError
 
 _NAME = re.compile(
-    r"lora_(?P<part>unet|te1?)_(?P<layer>\w+)\.(?P<end>lora_down\.weight|lora_up\.weight|alpha)"
+    r"lora_(?P<part>unet|te[12]?)_(?P<layer>\w+)\.(?P<end>lora_down\.weight|lora_up\.weight|alpha)"
 )
-_PARTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder"}
+_PARTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 
 
 def diffusers_names(
@@ -17,7 +17,7 @@ def diffusers_names(
     """Maps every name of a file to the name that diffusers gives it; other names than kohya's stay.
 
     `lora_unet_mid_block_attentions_0_proj_in.alpha` is `unet.mid_block.attentions.0.proj_in.alpha`: which
-    underscores are dots only the `layers` of the networks tell, those of "unet" and "text_encoder".
+    underscores are dots only the `layers` of the networks tell, those of "unet", "text_encoder" and "text_encoder_2".
     Raises InputError, starting with `source`, that lists the names of no layer and those of several.
     """
     by_path: dict[tuple[str, str], list[str]] = {}

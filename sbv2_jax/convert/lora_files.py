@@ -24,7 +24,7 @@ _METADATA = "lora_adapter_metadata"
 _PREFIX = "unet."
 _FACTORS = {"lora_A": "down", "lora_B": "up", "lora.down": "down", "lora.up": "up"}
 _TENSOR = re.compile(
-    r"(?:base_model\.model\.)?(?:(?P<part>unet|text_encoder)\.)?(?P<module>\w[\w.]*?)\."
+    r"(?:base_model\.model\.)?(?:(?P<part>unet|text_encoder|text_encoder_2)\.)?(?P<module>\w[\w.]*?)\."
     r"(?:(?P<factor>lora_A|lora_B|lora\.down|lora\.up)\.weight|(?P<alpha>alpha))"
 )
 # Variants of LoRA whose update is not alpha / rank * B A.
@@ -93,7 +93,7 @@ def read_lora(path: str | Path, alpha: float | None = None, *, layers: Collectio
 def read_loras(
     path: str | Path, alpha: float | None, layers: Mapping[str, Collection[str]]
 ) -> dict[str, Lora]:
-    """Reads the LoRAs of a safetensors file, of "unet" and "text_encoder", one of them or both.
+    """Reads the LoRAs of a safetensors file, of "unet", "text_encoder" and "text_encoder_2", of one or more.
 
     They are spelled `lora_A`/`lora_B`, `lora.down`/`lora.up`, or by kohya, whose names cannot be read without the
     paths of the networks' `layers`. Alpha comes from the file's metadata or its `.alpha` tensors; for a LoRA that
@@ -186,7 +186,7 @@ def _read_tensors(
 def _place(match: re.Match) -> tuple[str, str, str | None]:
     """Returns a tensor's network, its layer, and which factor it is: None for alpha."""
     part, module = match["part"] or "unet", match["module"]
-    if part == "text_encoder":
+    if part != "unet":
         (module,) = tensors_of_file({module: None})  # older files begin with text_model, today's do not
     return part, module, None if match["alpha"] else _FACTORS[match["factor"]]
 

@@ -18,14 +18,14 @@ class Model:
     """A UNet, under the name that messages give it.
 
     `pipeline` is the directory of the parts around it and `scheduler` the values of its scheduler_config.json;
-    both are None for a UNet on its own. `text_encoder` stands in for the pipeline's where it was changed.
+    both are None for a UNet on its own. `text_encoders` stand in for those of the pipeline's that were changed.
     """
 
     name: str
     unet: Component
     pipeline: Path | None = None
     scheduler: Mapping[str, Any] | None = None
-    text_encoder: Component | None = None
+    text_encoders: Mapping[str, Component] = dataclasses.field(default_factory=dict)
 
 
 def open_model(model: str | Path) -> Model:
@@ -54,6 +54,4 @@ def save_model(out: str | Path, model: Model, params: Mapping[str, np.ndarray] |
     if model.pipeline is None:
         save_component(out, unet.config, unet.params)
     else:
-        save_pipeline(
-            out, base=model.pipeline, unet=unet, text_encoder=model.text_encoder, scheduler=model.scheduler
-        )
+        save_pipeline(out, base=model.pipeline, unet=unet, scheduler=model.scheduler, **model.text_encoders)
