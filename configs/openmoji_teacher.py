@@ -1,6 +1,6 @@
-"""Trains the OpenMoji pipeline from nothing: tokenizer, autoencoders, two CLIPs, UNet. Two hours on two cores.
+"""Trains the OpenMoji pipeline from nothing: tokenizer, autoencoders, two CLIPs, UNet. Hours on two cores.
 
-JAX_NUM_CPU_DEVICES=2 python launch/pretrain.py --config=configs/openmoji_teacher.py --workdir=runs/teacher
+python launch/pretrain.py --config=configs/openmoji_teacher.py --workdir=runs/teacher
 python launch/pretrain.py --config=configs/openmoji_teacher.py:runlocal --workdir=/tmp/teacher    (a minute)
 """
 

@@ -389,6 +389,16 @@ def test_unet_overfits_four_latents_told_apart_by_their_captions(rng):
     assert np.abs(drawn - latents).mean() < 0.3
 
 
+def test_times_are_drawn_in_proportion_to_themselves_and_spread_evenly():
+    t = np.asarray(unet.draw_times(jax.random.key(3), 64, 1000))
+    assert t.min() >= 0 and t.max() <= 999
+    # The share below t is (t / 1000)^2, and no stretch of it has two more or fewer samples than its share.
+    for limit in range(100, 1001, 100):
+        assert abs(np.sum(t < limit) - 64 * (limit / 1000) ** 2) <= 1
+    assert len(set(t.tolist())) > 55
+    assert not np.array_equal(t, unet.draw_times(jax.random.key(4), 64, 1000))
+
+
 def test_fresh_unet_predicts_zero():
     net = network(unet.unet_config(tiny_config().unet, 16, 8, 4))
     x, t = jnp.ones((1, 8, 8, 4)), jnp.zeros((1,), jnp.int32)

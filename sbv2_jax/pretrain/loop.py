@@ -177,8 +177,7 @@ def make_optimizer(settings: ConfigDict, cooldown: float, clip_norm: float) -> o
     """Returns Muon (Jordan et al., 2024) for the kernels, convolutions as matrices [h * w * in, out].
 
     An update of a kernel has AdamW's usual size (Liu et al., 2025, equation 4). Adam with Nesterov's momentum
-    takes the rest, and the layers that touch pixels or latents directly. The autoencoder needs a quarter of the
-    steps that AdamW alone takes to the same loss.
+    takes the rest, and the layers that touch pixels or latents directly.
     """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
