@@ -17,6 +17,7 @@ from sbv2_jax.convert.pipeline import PipelineParts, load_pipeline, save_pipelin
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.registry import network
+from sbv2_jax.models.vae import VAEConfig
 from sbv2_jax.schedule import Schedule, make_schedule, to_x0
 from sbv2_jax.tokenizer import Tokenizer, TokenizerPair
 from sbv2_jax.tree import Params, cast
@@ -172,6 +173,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
     """Loads a diffusers text-to-image directory, a hub id, or "bundled", in one dtype.
 
+    In float16 an autoencoder of SDXL that says `force_upcast`, since it overflows there, stays in float32.
     Raises InputError for a path that is missing and for files that do not fit the networks.
     """
     parts = load_pipeline(path_or_id, dtype=dtype)
@@ -187,13 +189,15 @@ def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
         vae=network(vae),
         scaling_factor=vae.scaling_factor,
     )
+    upcast = len(parts.text_encoders) == 2 and isinstance(vae, VAEConfig) and vae.force_upcast
+    vae_dtype = jnp.float32 if upcast and jnp.dtype(dtype) == jnp.float16 else dtype
     # Not the cached parts: they would stay on the host as well.
     params = GeneratorParams(
         unet=jax.device_put(parts.component("unet").params),
         text_encoder=join(
             {name: jax.device_put(parts.component(name).params) for name in parts.text_encoders}
         ),
-        vae=jax.device_put(parts.component("vae").params),
+        vae=jax.device_put(parts.component("vae", dtype=vae_dtype).params),
     )
     shape = (unet.sample_size, unet.sample_size, unet.in_channels)
     return Pipeline(generator, params, parts.tokenizer, shape, parts)

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from diffusers import StableDiffusionXLPipeline as TorchPipelineXL
 from made_run import make_run
 from parity import nchw
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from PIL import Image
 from safetensors.torch import save_file
 from test_convert import listening
 from test_tokenizer import write_tokenizer
@@ -126,6 +129,21 @@ def test_the_size_that_the_unet_is_told_is_that_of_the_noise(world, rng):
     require_equal_pictures(255 * np.asarray(got), want)
 
 
+def test_pictures_in_bfloat16_are_nearly_those_in_float32(world, noise):
+    half, full = (sbv2_jax.load(world / "pipeline", dtype=one) for one in (jnp.bfloat16, jnp.float32))
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
+    difference = np.abs(half(PROMPTS, noise=noise) / 255 - full(PROMPTS, noise=noise) / 255)
+    assert np.median(difference) < 0.02
+
+
+def test_in_float16_the_autoencoder_stays_in_float32(world):
+    """Only looked at, not run: JAX has no matrix product in float16 on a CPU."""
+    params = sbv2_jax.load(world / "pipeline", dtype=jnp.float16).params
+    assert {leaf.dtype for leaf in params.vae.values()} == {jnp.dtype(jnp.float32)}
+    for half in (params.unet, params.text_encoder):
+        assert {leaf.dtype for leaf in half.values()} == {jnp.dtype(jnp.float16)}
+
+
 def test_a_pipeline_is_saved_and_converted_to_the_same_bytes(world, encoded_null, tmp_path):
     for name, directory in (("zeros", world / "pipeline"), ("encoded", encoded_null)):
         ours = sbv2_jax.load(directory)
@@ -158,7 +176,17 @@ def test_the_command_trains_and_exports_what_diffusers_draws(world, tmp_path, no
     assert (tmp_path / "samples" / "step_000002.png").exists()
     export = tmp_path / "export"
     want = opened(export)(PROMPTS, latents=nchw(noise), **ONE_STEP).images
-    require_equal_pictures(sbv2_jax.load(export)(PROMPTS, noise=noise), want)
+    ours = sbv2_jax.load(export)(PROMPTS, noise=noise)
+    require_equal_pictures(ours, want)
+    np.save(tmp_path / "noise.npy", noise)
+    generate = [sys.executable, "launch/generate.py", f"--model={export}", f"--out={tmp_path / 'drawn'}"]
+    code, _, err = run(
+        [*generate, f"--noise={tmp_path / 'noise.npy'}", *(f"--prompt={one}" for one in PROMPTS)]
+    )
+    assert code == 0, err
+    for index, picture in enumerate(ours):
+        drawn = np.asarray(Image.open(tmp_path / "drawn" / f"{index:05d}.png"), int)
+        assert np.abs(drawn - picture).max() <= 1
     trained, start = (load_component(one / "unet").params for one in (export, world / "pipeline"))
     assert any(np.any(trained[name] != start[name]) for name in start if name.startswith("add_embedding"))
     assert load_pipeline(export).zero_null
