@@ -485,7 +485,7 @@ def test_pipeline_draws_the_same_picture_in_diffusers_and_here(undisturbed):
     from transformers import CLIPModel
 
     directory, prompt = undisturbed / "pipeline", "a red apple on a blue background"
-    noise = np.random.default_rng(1).standard_normal((1, 16, 16, 4), np.float32)
+    noise = np.random.default_rng(1).standard_normal((1, 16, 16, 8), np.float32)
     pipe = StableDiffusionPipeline.from_pretrained(directory)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
