@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -68,44 +69,39 @@ def main() -> None:
     settings = [_setting(text) for text in _SETTINGS.value]
     if not _MODEL.value:
         raise InputError("missing --model (see --help)")
-    prompts = openmoji.prompts(_KIND.value, _COUNT.value, _SPLIT.value)
-    captions, scenes = [one.caption for one in prompts], [one.scene for one in prompts]
+    count = _COUNT.value
+    everything = openmoji.prompts(_KIND.value, 2 * count, _SPLIT.value)
+    prompts, others = everything[:count], everything[count:]
+    score = _scorer() if _CLIP.value else None
     features = lite0_features()
     real = features(real_pictures(prompts))
     classifier = Classifier(features, _FITTED.value)
-    score = _scorer() if _CLIP.value else None
-    out = Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
     for model in _MODEL.value:
         pipeline = None if model == "real" else sbv2_jax.load(model)
-        for steps, guidance in settings if pipeline else [(0, 1.0)]:
+        # The floor is of real pictures of other prompts.
+        asked = others if pipeline is None else prompts
+        captions = [one.caption for one in asked]
+        for steps, guidance in [(0, 1.0)] if pipeline is None else settings:
             start = time.perf_counter()
-            pictures = drawn(pipeline, captions, steps, guidance) if pipeline else _others()
+            pictures = drawn(pipeline, captions, steps, guidance) if pipeline else real_pictures(others)
             seconds = time.perf_counter() - start
             fake = features(pictures)
+            figures = {"fd": frechet_distance(real, fake), "kid_e3": 1e3 * kernel_distance(real, fake)}
+            figures |= classifier.accuracy(fake, [one.scene for one in asked])
+            figures |= {"clip": score(pictures, captions)} if score else {}
+            figures |= {"img_per_s": count / seconds} if pipeline else {}
             row = {"model": model, "steps": steps, "guidance": guidance, "kind": _KIND.value}
-            row |= {"split": _SPLIT.value, "seed": _SEED.value, "count": len(captions)}
-            row |= {"fd": frechet_distance(real, fake), "kid_e3": 1e3 * kernel_distance(real, fake)}
-            if pipeline:  # the floor's pictures are of other prompts
-                row |= classifier.accuracy(fake, scenes)
-                row |= {"clip": score(pictures, captions)} if score else {}
-                row |= {"img_per_s": len(captions) / seconds}
-            else:
-                row |= classifier.accuracy(real, scenes)
-                row |= {"clip": score(real_pictures(prompts), captions)} if score else {}
-            row = {
-                name: float(f"{value:.5g}") if isinstance(value, float) else value
-                for name, value in row.items()
-            }
-            print(json.dumps(row), flush=True)
-            with out.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
+            row |= {"split": _SPLIT.value, "seed": _SEED.value, "count": count}
+            _add(row | {name: float(f"{value:.5g}") for name, value in figures.items()})
 
 
-def _others() -> np.ndarray:
-    """Returns as many real pictures of other prompts of the same kind."""
-    prompts = openmoji.prompts(_KIND.value, 2 * _COUNT.value, _SPLIT.value)
-    return real_pictures(prompts[_COUNT.value :])
+def _add(row: dict[str, Any]) -> None:
+    line = json.dumps(row)
+    print(line, flush=True)
+    out = Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as lines:
+        lines.write(line + "\n")
 
 
 def _scorer() -> Callable[[np.ndarray, list[str]], float]:

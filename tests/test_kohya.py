@@ -13,13 +13,12 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from test_lora_files import assert_close, drawn_by, drawn_by_us, merged_by_peft
-from tiny_pipeline import write_pipeline
+from tiny_pipeline import write_one_step
 
 from sbv2_jax.convert.component import load_component
 from sbv2_jax.convert.fuse import fuse, fuse_file
 from sbv2_jax.convert.kohya import diffusers_names
 from sbv2_jax.convert.lora_files import read_lora
-from sbv2_jax.convert.pipeline import save_pipeline
 from sbv2_jax.convert.unets import open_model
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import network
@@ -29,10 +28,7 @@ RANK, ALPHA, CONV_ALPHA = 4, 6.0, 3.0
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    """A pipeline that draws in one step."""
-    directory = tmp_path_factory.mktemp("world")
-    save_pipeline(directory / "one_step", base=write_pipeline(directory), one_step=True)
-    return directory / "one_step"
+    return write_one_step(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
-from tiny_pipeline import write_pipeline
+from tiny_pipeline import write_one_step
 from tiny_world import fast_jit
 
 import sbv2_jax
@@ -26,7 +26,6 @@ from sbv2_jax.convert.component import load_component
 from sbv2_jax.convert.fuse import fuse, fuse_file
 from sbv2_jax.convert.lora_files import Lora, read_lora, save_lora
 from sbv2_jax.convert.names import params_from_torch
-from sbv2_jax.convert.pipeline import save_pipeline
 from sbv2_jax.convert.unets import open_model
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import network
@@ -38,10 +37,7 @@ PROMPTS = ["a red apple", "dog"]
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    """A pipeline that draws in one step."""
-    directory = tmp_path_factory.mktemp("world")
-    save_pipeline(directory / "one_step", base=write_pipeline(directory), one_step=True)
-    return directory / "one_step"
+    return write_one_step(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -13,32 +13,13 @@ from parity import BOUND, nchw, nhwc, params_of, randomised
 
 from sbv2_jax.convert.names import torch_name
 from sbv2_jax.errors import InputError
+from sbv2_jax.models import published
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.transformer import Transformer2DModel
 from sbv2_jax.models.unet import AddedConditions, MidBlock, UNet2DConditionModel, UNetConfig, UpBlock
 from sbv2_jax.tree import cast, count
 
-SD15 = {"sample_size": 64, "cross_attention_dim": 768}
-SD21 = {
-    "sample_size": 64,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-    "upcast_attention": True,
-}
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [320, 640, 1280],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+SD15, SD21, SDXL = (published.ARCHITECTURES[name]["unet"] for name in ("sd15", "sd21", "sdxl"))
 SMALL = {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 16}
 CASES = {
     "sd15": {**SD15, **SMALL, "cross_attention_dim": 48},

@@ -17,6 +17,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from sbv2_jax.convert.pipeline import save_pipeline
+
 LENGTH = 12
 # SDXL's two towers, of different widths and depths, and a UNet for what they give and six sizes.
 XL_TEXT = {"num_hidden_layers": 2}
@@ -111,4 +113,11 @@ def write_pipeline(
     pipeline.save_pretrained(path)
     randomised(tiny).save_pretrained(path / "vae_tiny")
     randomised(clip).save_pretrained(path / "clip")
+    return path
+
+
+def write_one_step(directory: Path) -> Path:
+    """Writes the pipeline of `write_pipeline` as one that draws in one step; returns its directory."""
+    path = directory / "one_step"
+    save_pipeline(path, base=write_pipeline(directory), one_step=True)
     return path

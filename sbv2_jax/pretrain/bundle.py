@@ -12,7 +12,6 @@ from sbv2_jax.convert.files import read_json, write_json
 from sbv2_jax.convert.pipeline import save_pipeline
 from sbv2_jax.data.openmoji import ATTRIBUTION, LICENCE
 from sbv2_jax.errors import InputError
-from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.registry import class_of
 from sbv2_jax.pretrain.unet import SCHEDULER
 from sbv2_jax.tree import count
@@ -74,7 +73,6 @@ def write_bundle(
     components: Mapping[str, Component],
     *,
     tokenizer_dir: Path,
-    image_config: CLIPImageConfig,
     card: Mapping[str, Any],
     figures: Mapping[str, str],
     grids: Sequence[Path],
@@ -94,7 +92,6 @@ def write_bundle(
     save_pipeline(fresh, tokenizer_dir=tokenizer_dir, scheduler=SCHEDULER, **half)
     for path in (fresh / "tokenizer").iterdir():
         shutil.copyfile(path, fresh / "clip" / path.name)
-    write_json(fresh / "clip" / "preprocessor_config.json", image_config.to_dict())
     for name in ("text_encoder", "clip"):
         # transformers would keep float16, and diffusers would then mix it with its own float32.
         path = fresh / name / "config.json"

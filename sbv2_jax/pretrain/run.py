@@ -5,9 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from sbv2_jax.data.identities import identities
-from sbv2_jax.data.render import RESOLUTION
 from sbv2_jax.errors import InputError
-from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.pretrain import settings
 from sbv2_jax.pretrain.bundle import write_bundle
 from sbv2_jax.pretrain.stages import Stages
@@ -35,7 +33,6 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str) -> Path:
         workdir / "pipeline",
         components,
         tokenizer_dir=workdir / "tokenizer",
-        image_config=CLIPImageConfig(size=RESOLUTION, crop_size=RESOLUTION),
         card={
             "steps": config.unet.sample_steps,
             "guidance": config.unet.guidance,
