@@ -16,6 +16,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """Returns the run; `argument` holds "lora" (the second training), "runlocal" (shrunk), or both."""
     chosen = words(argument, "lora", "runlocal")
     config = stable_diffusion_21(lora="lora" in chosen)
+    config.batch_size = 128  # one image a chip on 128 of them
     config.mesh.fsdp = 4
     if "runlocal" in chosen:
         shrink(config)

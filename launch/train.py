@@ -11,12 +11,21 @@ from sbv2_jax import cli
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: FILE.py or FILE.py:ARGUMENT.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics, pictures and the export.")
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what would be held where, and stop.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several processes.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
+_POD = flags.DEFINE_boolean("pod", False, "Find the other processes by a TPU pod's metadata, SLURM or MPI.")
 _FORCE = flags.DEFINE_boolean("force", False, "Resume in spite of a changed configuration.")
 
 
 def main() -> int:
-    from sbv2_jax.train import train  # jax is loaded only once the flags are right
+    # jax is loaded only once the flags are right
+    from sbv2_jax import processes
+    from sbv2_jax.compilation import use_cache
+    from sbv2_jax.train import train
 
+    use_cache()
+    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, pod=_POD.value)
     return train(_CONFIG.value, _WORKDIR.value, dry_run=_DRY_RUN.value, force=_FORCE.value)
 
 

@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 from sbv2_jax import lora, optimizers
 from sbv2_jax.conditions import Text, TextEncoder, misfits
 from sbv2_jax.errors import InputError
+from sbv2_jax.models.attention import Core
 from sbv2_jax.models.clip_image import preprocess
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.registry import build, network
 from sbv2_jax.models.tiny_vae import TinyVAEConfig
+from sbv2_jax.models.unet import Execution
 from sbv2_jax.parts import Parts
 from sbv2_jax.schedule import make_schedule
 from sbv2_jax.state import Frozen, TrainState, init_state
@@ -43,23 +45,27 @@ class Run:
         return bool(self.frozen_shapes.student)
 
 
-def assemble(config: ConfigDict, parts: Parts) -> Run:
+def assemble(config: ConfigDict, parts: Parts, core: Core | None = None) -> Run:
     """Builds the networks, the objective and the optimizers of a run; traces shapes, allocates nothing.
 
+    `core` computes the attention of the UNets in training; without one, XLA does.
     Raises InputError where the components do not fit each other.
     """
-    remat = config.remat == "block"
+    execution = Execution(remat=config.remat == "block", core=core)
     lora_student = config.student.mode == "lora"
     score = Network(
         lambda rngs: lora.attach(
-            build(parts.teacher.config, rngs, remat=remat), config.score.targets, config.score.rank, rngs
+            build(parts.teacher.config, rngs, execution=execution),
+            config.score.targets,
+            config.score.rank,
+            rngs,
         )
     )
-    student = network(parts.student.config, remat=remat)
+    student = network(parts.student.config, execution=execution)
     if lora_student:
         student = Network(
             lambda rngs: lora.attach(
-                build(parts.student.config, rngs, remat=remat),
+                build(parts.student.config, rngs, execution=execution),
                 config.student.lora.targets,
                 config.student.lora.rank,
                 rngs,
@@ -199,6 +205,7 @@ def _objective(config: ConfigDict, parts: Parts) -> Objective:
         clip_tau=config.clip.tau,
         student_lora_scale=config.student.lora.alpha / config.student.lora.rank,
         score_lora_scale=config.score.alpha / config.score.rank,
+        clip_passes=config.clip.passes,
         score_updates=config.score.updates_per_step,
         null_prompt_probability=config.score.null_prompt_probability,
         ema=config.ema,
@@ -211,6 +218,7 @@ def _optimizer(config: ConfigDict, peak: float) -> optax.GradientTransformation:
         optimizers.learning_rate(peak, values.schedule, values.warmup, config.steps),
         b1=values.b1,
         b2=values.b2,
+        mu_dtype=DTYPES[values.mu_dtype],
         eps=values.eps,
         weight_decay=values.weight_decay,
         clip_norm=values.clip_norm,

@@ -8,10 +8,16 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from sbv2_jax.errors import InputError
-from sbv2_jax.fields import Check, check_fields, either, number, one_of, regex, strings, text, whole
+from sbv2_jax.fields import Check, check_fields, either, number, one_of, regex, rules, strings, text, whole
 
 # Fields that a resumed run may change freely: they do not alter the numbers of a step already taken.
-MAY_CHANGE = ("steps", "checkpoint", "sample", "mesh", "student.lora.init")
+MAY_CHANGE = ("steps", "checkpoint", "sample", "mesh", "attention", "programs", "student.lora.init")
+
+# Which leaves are split over which axes: see `config.mesh.rules` and `sharding.py`.
+DEFAULT_RULES = (
+    (r"(.*\.)?(step|key|count)", "replicate"),
+    (r".*", "fsdp"),
+)
 
 
 FIELDS: dict[str, Check] = {
@@ -44,20 +50,26 @@ FIELDS: dict[str, Check] = {
     "vsd.t_max": whole(1, 999),
     "clip.model": text(empty=True),
     "clip.decoder": text(),
+    "clip.passes": whole(1),
     "clip.weight": number(0),
     "clip.tau": number(-1, 1),
     "ema": number(0, 1, below=True),
     "optimizer.b1": number(0, 1, below=True),
     "optimizer.b2": number(0, 1, below=True),
     "optimizer.eps": number(0, above=True),
+    "optimizer.mu_dtype": one_of("float32", "bfloat16"),
     "optimizer.weight_decay": number(0),
     "optimizer.clip_norm": number(0),
     "optimizer.schedule": one_of("constant", "cosine"),
     "optimizer.warmup": whole(0),
+    "mesh.replica": whole(1),
     "mesh.data": either(-1, whole(1)),
-    "mesh.fsdp": whole(1),
+    "mesh.fsdp": either(-1, whole(1)),
+    "mesh.rules": rules,
     "precision": one_of("float32", "bfloat16"),
     "remat": one_of("none", "block"),
+    "attention": one_of("auto", "xla"),
+    "programs": one_of("one", "stages"),
     "checkpoint.every": whole(1),
     "checkpoint.keep": whole(1),
     "sample.every": whole(0),
@@ -117,6 +129,7 @@ def default_config() -> ConfigDict:
     config.clip.decoder = (
         "vae_tiny"  # "vae_tiny" or "vae" of the teacher, or an AutoencoderTiny directory or hub id
     )
+    config.clip.passes = 1  # parts of a batch that go through decoder and CLIP one after the other
     config.clip.weight = 0.0  # at the first step; falls linearly to 0 over the run
     config.clip.tau = 0.35  # a sample whose image and text agree by more than this adds nothing
 
@@ -126,15 +139,23 @@ def default_config() -> ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
+    config.optimizer.mu_dtype = "float32"  # of the stored first moment; "bfloat16" saves 2 bytes a weight
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0  # of the global gradient norm; 0 does not clip
     config.optimizer.schedule = "constant"  # "constant" or "cosine" (to 0 at the last step)
     config.optimizer.warmup = 0  # steps over which the learning rates rise linearly from 0
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that share out the batch; -1 is all that fsdp leaves
-    config.mesh.fsdp = 1  # devices that share out the batch and the weights
+    config.mesh.replica = 1  # TPU slices, or machines that a slow network joins; they share out the batch
+    config.mesh.data = -1  # devices that share out the batch; -1 is all that the others leave
+    config.mesh.fsdp = 1  # devices that share out the batch and the weights; -1 is as few as memory allows
+    # (regular expression, strategy) for the names of all leaves, such as "state.student.conv_in.kernel" and
+    # "frozen.teacher.conv_in.kernel"; the first full match wins. A strategy is "replicate", or the axes,
+    # joined by "+", over which a leaf's largest dimension is split.
+    config.mesh.rules = DEFAULT_RULES
     config.precision = "float32"  # of the networks' arithmetic: "float32" or "bfloat16"; masters stay float32
+    config.attention = "auto"  # TPU's splash kernel, cuDNN's on a GPU, else XLA; "xla" is XLA everywhere
+    config.programs = "one"  # "stages" compiles the step in parts: in less memory, and side by side
     config.remat = "none"  # "block" recomputes each block in the backward pass to save memory
 
     config.checkpoint = ConfigDict()
@@ -180,7 +201,8 @@ def shrink(config: ConfigDict) -> None:
     config.clip.model = "bundled" if config.clip.model else ""
     config.clip.decoder = "vae_tiny"
     config.optimizer.warmup = 0
-    config.mesh.update(data=-1, fsdp=1)
+    config.clip.passes = 1
+    config.mesh.update(replica=1, data=-1, fsdp=1)
     config.checkpoint.every = 5
     config.sample.every = 5
 
@@ -196,23 +218,31 @@ def validate(config: ConfigDict) -> None:
             raise InputError(message)
 
 
-def check_mesh(config: ConfigDict, device_count: int) -> tuple[int, int]:
-    """Returns the mesh (data, fsdp) for this many devices, with data = -1 resolved.
+def check_mesh(config: ConfigDict, device_count: int) -> tuple[int, int, int]:
+    """Returns the mesh (replica, data, fsdp) for this many devices; data = -1 is what is left, fsdp = -1 counts as 1.
 
     Raises InputError where the devices cannot form the mesh or the mesh does not divide the batch.
     """
-    data, fsdp = config.mesh.data, config.mesh.fsdp
+    replica, data, fsdp = config.mesh.replica, config.mesh.data, max(config.mesh.fsdp, 1)
     if data == -1:
-        if device_count % fsdp:
-            raise InputError(f"config.mesh.fsdp = {fsdp} does not divide the {device_count} devices here")
-        data = device_count // fsdp
-    if data * fsdp != device_count:
+        if device_count % (replica * fsdp):
+            raise InputError(
+                f"config.mesh.replica x config.mesh.fsdp = {replica} x {fsdp} does not divide the {device_count} "
+                "devices here"
+            )
+        data = device_count // (replica * fsdp)
+    if replica * data * fsdp != device_count:
         raise InputError(
-            f"config.mesh.data x config.mesh.fsdp = {data} x {fsdp} needs {data * fsdp} devices; "
-            f"there are {device_count}"
+            f"config.mesh: replica x data x fsdp = {replica} x {data} x {fsdp} needs {replica * data * fsdp} "
+            f"devices; there are {device_count}"
         )
-    _check_batch(config, data * fsdp)
-    return data, fsdp
+    _check_batch(config, device_count)
+    return replica, data, fsdp
+
+
+def planned_devices(config: ConfigDict) -> int:
+    """Returns how many devices the mesh of a configuration has at least: -1 counts as 1."""
+    return config.mesh.replica * max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
 
 
 def _check_batch(config: ConfigDict, devices: int) -> None:
@@ -242,6 +272,12 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
         f"config.student.lora.init = {config.student.lora.init!r} needs config.student.mode = 'lora'",
     )
     yield (
+        clip.model != ""
+        and config.batch_size % (config.accumulate * planned_devices(config) * clip.passes) != 0,
+        f"config.clip.passes = {clip.passes} does not divide the {config.batch_size // config.accumulate} images "
+        f"of a pass over {planned_devices(config)} device(s)",
+    )
+    yield (
         optimizer.warmup >= config.steps,
         f"config.optimizer.warmup = {optimizer.warmup} must be below config.steps = {config.steps}",
     )
@@ -249,7 +285,4 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
         config.sample.every > 0 and not config.sample.prompts,
         f"config.sample.every = {config.sample.every} needs config.sample.prompts",
     )
-    if config.mesh.data == -1:
-        _check_batch(config, config.mesh.fsdp)
-    else:
-        _check_batch(config, config.mesh.data * config.mesh.fsdp)
+    _check_batch(config, planned_devices(config))

@@ -152,6 +152,19 @@ def regex(value: Any) -> str | None:
     return None
 
 
+def rules(value: Any) -> str | None:
+    """Accepts a tuple of pairs of a regular expression and a word."""
+    expected = "a tuple of pairs (regular expression, strategy)"
+    if not isinstance(value, tuple | list) or not value:
+        return expected
+    for pair in value:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(x, str) for x in pair):
+            return expected
+        if wrong := regex(pair[0]):
+            return f"{expected}; {pair[0]!r} is not {wrong}"
+    return None
+
+
 def strings(value: Any) -> str | None:
     """Accepts a tuple of strings that are not empty."""
     if isinstance(value, tuple | list) and all(isinstance(item, str) and item.strip() for item in value):

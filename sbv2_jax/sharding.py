@@ -1,40 +1,129 @@
-"""Sharding as data: ordered regular expressions over leaf names, applied to a ("data", "fsdp") mesh."""
+"""Sharding as data: ordered regular expressions over leaf names, applied to a mesh of devices.
 
+The mesh has three axes. A batch is split over all of them. `fsdp` splits the weights too; `data` repeats them;
+`replica` repeats them over slices that only a slow network joins.
+"""
+
+import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sbv2_jax.config import DEFAULT_RULES
 from sbv2_jax.errors import InputError
+from sbv2_jax.programs import Placement
 from sbv2_jax.tree import leaf_names
 
-AXES = ("data", "fsdp")
+AXES = ("replica", "data", "fsdp")
 
 # Leaves below this many scalars gain nothing from being split, and cost a gather each.
 SMALLEST_SPLIT = 2**14
 
-# (pattern, strategy), first match wins. "fsdp" splits the largest dimension that the axis divides.
+# (pattern, strategy), first match wins. A strategy is "replicate", or the axes, joined by "+", over which the
+# largest dimension that they divide is split.
 Rules = Sequence[tuple[str, str]]
-DEFAULT_RULES: Rules = (
-    (r"(.*\.)?(step|key|count)", "replicate"),
-    (r".*", "fsdp"),
-)
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of data x fsdp devices, 1 x 1 on a laptop."""
+def make_mesh(replica: int, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh of replica x data x fsdp devices, 1 x 1 x 1 on a laptop.
+
+    With several replicas each is one slice of a TPU, or else one process.
+    """
+    devices = jax.devices() if devices is None else devices
     # Auto axes: explicit ones refuse a convolution with a sharded kernel.
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if replica == 1 or len({_granule(device) for device in devices}) == 1:
+        return jax.make_mesh((replica, data, fsdp), AXES, axis_types=types, devices=devices)
+    try:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, data, fsdp),
+            (replica, 1, 1),
+            devices,
+            process_is_granule=not hasattr(devices[0], "slice_index"),
+        )
+    except ValueError as error:
+        raise InputError(f"config.mesh.replica = {replica} does not fit the slices: {error}") from error
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def _granule(device: jax.Device) -> int:
+    """Returns the number of the slice of a TPU, or else of the process."""
+    return getattr(device, "slice_index", device.process_index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where everything of a run lies; `state` and `frozen` are pytrees of what is placed, for their shapes.
+
+    Raises InputError that lists every leaf without a rule, and every rule without a leaf.
+    """
+
+    mesh: Mesh
+    rules: Rules
+    state_shapes: Any
+    frozen_shapes: Any
+
+    def __post_init__(self):
+        if idle := [pattern for pattern, leaves in self.matches().items() if not leaves]:
+            raise InputError(f"config.mesh.rules: no leaf of the run is the first to match {', '.join(idle)}")
+
+    @functools.cached_property
+    def _shardings(self) -> dict[str, Any]:
+        return shardings(self._named, self.mesh, self.rules)
+
+    @property
+    def _named(self) -> dict[str, Any]:
+        return {"state": self.state_shapes, "frozen": self.frozen_shapes}
+
+    @property
+    def state(self) -> Any:
+        """A sharding for each leaf of the state."""
+        return self._shardings["state"]
+
+    @property
+    def frozen(self) -> Any:
+        """A sharding for each leaf of the frozen networks."""
+        return self._shardings["frozen"]
+
+    @property
+    def placement(self) -> Placement:
+        """What a training step is told."""
+        state = self.state
+        return Placement(
+            batch=batch_sharding(self.mesh),
+            batches=NamedSharding(self.mesh, PartitionSpec(None, AXES)),
+            whole=NamedSharding(self.mesh, PartitionSpec()),
+            student=state.student,
+            score=state.score,
+            score_opt=state.score_opt,
+            state=state,
+        )
+
+    def abstract(self) -> tuple[Any, Any]:
+        """Returns the shapes of state and frozen networks, with their shardings."""
+        shapes, placed = self._named, self._shardings
+        with_shardings = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            placed,
+        )
+        return with_shardings["state"], with_shardings["frozen"]
+
+    def matches(self) -> dict[str, int]:
+        """Returns of how many leaves each rule's pattern is the first to match."""
+        return matches(self._named, self.rules)
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """Returns a sharding for every leaf of a pytree of arrays or shapes.
 
-    Raises InputError that lists every leaf that no rule matches, and every rule that matches no leaf of any
-    tree is the caller's to find with `matches`.
+    Raises InputError that lists every leaf that no rule matches.
     """
     leaves, structure = jax.tree.flatten(tree)
     strategies = _strategies(leaf_names(tree), rules)
@@ -55,11 +144,6 @@ def matches(tree: Any, rules: Rules = DEFAULT_RULES) -> dict[str, int]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
-
-
-def constrain_batch(mesh: Mesh) -> Callable[[Any], Any]:
-    """Returns a function for use under `jax.jit` that shards the leading axis of every array of a pytree."""
-    return lambda tree: jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
 
 def bytes_per_device(tree: Any, tree_shardings: Any) -> int:
@@ -84,11 +168,16 @@ def _strategies(names: list[str], rules: Rules) -> list[str]:
 def _spec(strategy: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     if strategy == "replicate":
         return PartitionSpec()
-    if strategy != "fsdp":
-        raise InputError(f"unknown sharding strategy {strategy!r}: expected 'fsdp' or 'replicate'")
-    size = mesh.shape["fsdp"]
+    axes = tuple(strategy.split("+"))
+    if unknown := [axis for axis in axes if axis not in AXES]:
+        raise InputError(
+            f"unknown sharding strategy {strategy!r}: {', '.join(map(repr, unknown))} is neither 'replicate' nor an "
+            f"axis of the mesh ({', '.join(AXES)})"
+        )
+    size = math.prod(mesh.shape[axis] for axis in axes)
     divisible = [axis for axis, length in enumerate(shape) if length % size == 0]
     if size == 1 or math.prod(shape) < SMALLEST_SPLIT or not divisible:
         return PartitionSpec()
     largest = max(divisible, key=lambda axis: shape[axis])
-    return PartitionSpec(*(("fsdp" if axis == largest else None) for axis in range(largest + 1)))
+    over = axes[0] if len(axes) == 1 else axes
+    return PartitionSpec(*((over if axis == largest else None) for axis in range(largest + 1)))

@@ -1,28 +1,29 @@
-"""The training step of SwiftBrush v2: pure stages with only latents between them, and their composition.
+"""The stages of a training step of SwiftBrush v2: pure functions with only latents between them.
 
-draw          step, key               -> all random numbers of the step
-encode        prompts                 -> text conditions
-generate      student, z              -> x, the student's one-step sample
-difference    teacher and score, x    -> the VSD gradient at x
-pull          x                       -> d loss / d x, in latent space: VSD and clamped CLIP
-student       d loss / d x            -> new student, EMA
-score         x                       -> new score LoRA
+draw               step, key               -> all random numbers of the step
+encode             prompts                 -> text conditions
+generate           student, z              -> x, the student's one-step sample
+difference         teacher and score, x    -> the VSD gradient at x
+pull               x                       -> d loss / d x, in latent space: VSD and clamped CLIP
+student_gradient   all of these            -> the gradient to the student's parameters
+score_gradient     x                       -> the gradient to the score LoRA
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from sbv2_jax import losses
 from sbv2_jax.conditions import Text, TextEncoder, like
 from sbv2_jax.models.network import Network
+from sbv2_jax.programs import ANYWHERE, INLINE, Placement, Programs
 from sbv2_jax.schedule import Schedule, add_noise, classifier_free_guidance, to_epsilon, to_x0
 from sbv2_jax.state import Frozen, TrainState
-from sbv2_jax.tree import Params, cast, lerp
+from sbv2_jax.tree import Params, cast
 
 Metrics = dict[str, jax.Array]
 
@@ -43,6 +44,7 @@ class Objective:
     t_max: int = 980
     clip_weight: float = 0.0
     clip_tau: float = 0.35
+    clip_passes: int = 1
     student_lora_scale: float = 1.0
     score_lora_scale: float = 1.0
     score_updates: int = 1
@@ -208,10 +210,12 @@ def pull(
     """Returns d loss / d x, [B, h, w, C], and the losses: all that the student's backward pass needs.
 
     The loss is the mean over the batch of the VSD surrogate and, weighted, of the clamped CLIP loss, whose
-    gradient flows through CLIP, the resize and the decoder.
+    gradient flows through CLIP, the resize and the decoder, `clip_passes` parts of the batch one after the
+    other.
     """
+    passes = objective.clip_passes if models.clip_image is not None else 1
 
-    def loss(x: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(x: jax.Array, gradient: jax.Array, clip_text: jax.Array | None) -> tuple[jax.Array, Metrics]:
         vsd = jnp.mean(losses.vsd_loss(x, gradient))
         total, metrics = objective.vsd_weight * vsd, {"loss/vsd": vsd}
         if models.clip_image is not None:
@@ -222,7 +226,12 @@ def pull(
             metrics |= {"loss/clip": clip, "clip/cosine": jnp.mean(losses.cosine(features, clip_text))}
         return total, metrics
 
-    return jax.grad(loss, has_aux=True)(x)
+    def one_pass(*args: Any) -> tuple[Metrics, jax.Array]:
+        dx, metrics = jax.grad(loss, has_aux=True)(*args)
+        return metrics, dx / passes
+
+    metrics, dx = INLINE.average("pull", one_pass, passes, (x, gradient, clip_text))
+    return dx, metrics
 
 
 def student_gradient(
@@ -232,16 +241,34 @@ def student_gradient(
     frozen: Frozen,
     conditions: Conditions,
     noise: StudentNoise,
+    programs: Programs = INLINE,
+    place: Placement = ANYWHERE,
 ) -> tuple[Params, jax.Array, Metrics]:
     """Returns the gradient to the student's parameters, its samples x without gradient, and the losses."""
-    clip_weight = objective.clip_weight * (1.0 - state.step / objective.steps)
-    x, backward = jax.vjp(
-        lambda student: generate(models, objective, student, frozen, noise.z, conditions.text),
-        state.student,
+
+    def forward(student: Params, frozen: Frozen, z: jax.Array, text: Text):
+        return jax.vjp(lambda student: generate(models, objective, student, frozen, z, text), student)
+
+    def weighted_pull(frozen: Frozen, x: jax.Array, gradient: jax.Array, clip_text, step: jax.Array):
+        clip_weight = objective.clip_weight * (1.0 - step / objective.steps)
+        return pull(models, objective, frozen, x, gradient, clip_text, clip_weight)
+
+    x, backward = programs.run(
+        "student forward", forward, state.student, frozen, noise.z, conditions.text, out=(place.batch, None)
     )
-    gradient = difference(models, objective, state.score, frozen, x, noise, conditions.text)
-    dx, metrics = pull(models, objective, frozen, x, gradient, conditions.clip_text, clip_weight)
-    (grads,) = backward(dx)
+    gradient = programs.run(
+        "difference",
+        functools.partial(difference, models, objective),
+        *(state.score, frozen, x, noise, conditions.text),
+        out=place.batch,
+    )
+    dx, metrics = programs.run(
+        "pull",
+        weighted_pull,
+        *(frozen, x, gradient, conditions.clip_text, state.step),
+        out=(place.batch, place.whole),
+    )
+    (grads,) = programs.run("student backward", _pulled_back, backward, dx, out=(place.student,))
     return grads, x, metrics
 
 
@@ -253,130 +280,41 @@ def score_gradient(
     x: jax.Array,
     text: Text,
     noise: ScoreNoise,
+    programs: Programs = INLINE,
+    place: Placement = ANYWHERE,
 ) -> tuple[Params, Metrics]:
     """Returns the gradient of the denoising loss on x to the score LoRA, and the loss."""
     schedule = models.score_schedule
-    x_t = add_noise(schedule, x, noise.noise, noise.t)
 
-    def dropped(null: jax.Array, own: jax.Array) -> jax.Array:
-        return jnp.where(jnp.expand_dims(noise.null, tuple(range(1, own.ndim))), null[None], own)
+    def loss(score: Params, frozen: Frozen, x: jax.Array, text: Text, noise: ScoreNoise) -> jax.Array:
+        x_t = add_noise(schedule, x, noise.noise, noise.t)
 
-    text = jax.tree.map(dropped, frozen.null_text, text)
+        def dropped(null: jax.Array, own: jax.Array) -> jax.Array:
+            return jnp.where(jnp.expand_dims(noise.null, tuple(range(1, own.ndim))), null[None], own)
 
-    def loss(score: Params) -> jax.Array:
         output = models.score.apply(
             {**frozen.teacher, **cast(score, objective.compute_dtype)},
             x_t.astype(objective.compute_dtype),
             noise.t,
-            *text,
+            *jax.tree.map(dropped, frozen.null_text, text),
             lora_scale=objective.score_lora_scale,
         )
         epsilon = to_epsilon(schedule, output.astype(jnp.float32), x_t, noise.t)
         return jnp.mean(losses.score_loss(schedule, epsilon, noise.noise, noise.t))
 
-    value, grads = jax.value_and_grad(loss)(score)
+    def forward(score: Params, *others: Any):
+        return jax.vjp(lambda score: loss(score, *others), score)
+
+    value, backward = programs.run(
+        "score forward", forward, score, frozen, x, text, noise, out=(place.whole, None)
+    )
+    (grads,) = programs.run("score backward", _of_a_scalar, backward, out=(place.score,))
     return grads, {"loss/score": value}
 
 
-def make_train_step(
-    models: Models,
-    objective: Objective,
-    student_optimizer: optax.GradientTransformation,
-    score_optimizer: optax.GradientTransformation,
-    constrain: Callable[[Any], Any] = lambda tree: tree,
-) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
-    """Returns the pure function `train_step(state, frozen, batch) -> (state, metrics)`, to be jitted.
-
-    `constrain` shards the leading axis of every array of a pytree over the mesh. Where a loss or a gradient
-    is not finite, nothing but the step count changes and the metric `skipped` is 1. Every metric is a
-    float32 scalar.
-    """
-    timesteps = models.score_schedule.num_timesteps
-
-    def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        student_noise, score_noise = draw(
-            objective, state.key, state.step, batch.input_ids.shape[0], timesteps
-        )
-        conditions = constrain(encode(models, objective, frozen, batch))
-
-        def student_pass(conditions: Conditions, noise: StudentNoise):
-            grads, x, metrics = student_gradient(models, objective, state, frozen, conditions, noise)
-            return (grads, metrics), x
-
-        (grads, metrics), x = _accumulated(
-            student_pass, objective.accumulate, (conditions, constrain(student_noise))
-        )
-        metrics |= {"grad_norm/student": optax.global_norm(grads), "latents/std": jnp.std(x)}
-        student, student_opt = _update(student_optimizer, grads, state.student_opt, state.student)
-        ema = lerp(state.ema, student, objective.ema) if state.ema else {}
-
-        def score_update(carry: tuple[Params, Any], noise: ScoreNoise):
-            score, score_opt = carry
-
-            def score_pass(x: jax.Array, text: Text, noise: ScoreNoise):
-                return score_gradient(models, objective, score, frozen, x, text, noise), ()
-
-            (grads, metrics), _ = _accumulated(
-                score_pass, objective.accumulate, (x, conditions.text, constrain(noise))
-            )
-            metrics |= {"grad_norm/score": optax.global_norm(grads)}
-            return _update(score_optimizer, grads, score_opt, score), metrics
-
-        (score, score_opt), score_metrics = _scan(score_update, (state.score, state.score_opt), score_noise)
-        metrics |= jax.tree.map(jnp.mean, score_metrics)
-
-        finite = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
-        new = TrainState(
-            step=state.step,
-            key=state.key,
-            student=student,
-            student_opt=student_opt,
-            ema=ema,
-            score=score,
-            score_opt=score_opt,
-        )
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
-        return dataclasses.replace(new, step=state.step + 1), metrics
-
-    return train_step
+def _pulled_back(backward: Callable, dx: jax.Array) -> tuple[Params]:
+    return backward(dx)
 
 
-def _update(
-    optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params
-) -> tuple[Params, optax.OptState]:
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-
-def _scan(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-    """`lax.scan`, but a single iteration stays straight-line code: XLA's CPU backend runs loops on one core."""
-    if jax.tree.leaves(xs)[0].shape[0] > 1:
-        return jax.lax.scan(body, carry, xs)
-    carry, out = body(carry, jax.tree.map(lambda a: a[0], xs))
-    return carry, jax.tree.map(lambda a: a[None], out)
-
-
-def _accumulated(one_pass: Callable, passes: int, args: tuple) -> tuple[Any, Any]:
-    """Runs `one_pass(*args) -> (to average, per sample)` over the batch in equal parts.
-
-    Every part takes samples from every device, so the leading axis keeps its sharding.
-    """
-    if passes == 1:
-        return one_pass(*args)
-
-    def split(a: jax.Array) -> jax.Array:
-        return a.reshape(a.shape[0] // passes, passes, *a.shape[1:]).swapaxes(0, 1)
-
-    def body(total: Any, part: tuple) -> tuple[Any, Any]:
-        value, samples = one_pass(*part)
-        return jax.tree.map(jnp.add, total, value), samples
-
-    parts = jax.tree.map(split, args)
-    shapes = jax.eval_shape(lambda part: one_pass(*part)[0], jax.tree.map(lambda a: a[0], parts))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, samples = jax.lax.scan(body, zeros, parts)
-    return (
-        jax.tree.map(lambda a: a / passes, total),
-        jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), samples),
-    )
+def _of_a_scalar(backward: Callable) -> tuple[Params]:
+    return backward(jnp.ones((), jnp.float32))

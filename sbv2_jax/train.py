@@ -1,27 +1,35 @@
 """The training loop: what happens in a run, in order."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from sbv2_jax.assemble import Run, assemble
+from sbv2_jax import processes
+from sbv2_jax.assemble import DTYPES, Run, assemble
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.checkpoint.files import step_numbers
+from sbv2_jax.compilation import compile_step
 from sbv2_jax.config import MAY_CHANGE, check_mesh, validate
-from sbv2_jax.data.prompts import open_prompts, prompt_batches
+from sbv2_jax.data.prompts import PromptSource, open_prompts, prompt_batches
 from sbv2_jax.errors import InputError
 from sbv2_jax.export import export_student
 from sbv2_jax.log import MetricsLog
+from sbv2_jax.memory import choose_fsdp, device_memory
+from sbv2_jax.models import attention
 from sbv2_jax.parts import read_parts
 from sbv2_jax.preemption import EXIT_PREEMPTED, Preemption
 from sbv2_jax.progress import ProgressGrid
 from sbv2_jax.report import dry_run as dry_run_report
-from sbv2_jax.sharding import batch_sharding, constrain_batch, make_mesh, shardings
-from sbv2_jax.steps import Batch, make_train_step
+from sbv2_jax.sharding import Layout, batch_sharding, make_mesh
+from sbv2_jax.steps import Batch
 from sbv2_jax.tokenizer import Tokenizer, TokenizerPair, load_tokenizer
+from sbv2_jax.train_step import TrainStep
 from sbv2_jax.weights import load_frozen, load_state, read_start
 
 # So many steps in a row without a finite loss: the run has diverged and no longer recovers.
@@ -36,51 +44,29 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
     Raises InputError for whatever is wrong with the input, before anything is written.
     """
     validate(config)
-    run = assemble(config, read_parts(config, dry_run=dry_run))
     if dry_run:
-        print(dry_run_report(config, run))
+        print(dry_run_report(config, assemble(config, read_parts(config, dry_run=True))))
         return 0
-
     workdir = Path(workdir)
-    mesh = make_mesh(*check_mesh(config, jax.device_count()))
-    source = open_prompts(config.prompts)
-    tokenizers = load_tokenizers(run)
-    batches = prompt_batches(source, config.batch_size, config.seed)  # fails here, before a directory is made
+    with processes.together():
+        prepared = prepare(config, workdir)
+    processes.require_same("the configuration", config.to_json_best_effort())
+    run, layout, source, tokenizers, start = prepared
+    mesh = layout.mesh
+    frozen = load_frozen(run, tokenizers[0].encode([""])[0], layout.frozen)
 
-    start = None
-    if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
-        start = read_start(run, config.student.lora.init)
-
-    state_shardings = shardings(run.state_shapes, mesh)
-    frozen_shardings = shardings(run.frozen_shapes, mesh)
-    step = jax.jit(
-        make_train_step(
-            run.models, run.objective, run.student_optimizer, run.score_optimizer, constrain_batch(mesh)
-        ),
-        in_shardings=(state_shardings, frozen_shardings, batch_sharding(mesh)),
-        out_shardings=(state_shardings, None),
-        donate_argnums=0,
-    )
-    frozen = load_frozen(run, tokenizers[0].encode([""])[0], frozen_shardings)
-
-    with (
-        Checkpoints(
+    with processes.together():
+        checkpoints = Checkpoints(
             workdir / "checkpoints",
             keep=config.checkpoint.keep,
             config=config.to_dict(),
             fingerprint=source.fingerprint(),
             may_change=MAY_CHANGE,
             force=force,
-        ) as checkpoints,
-        Preemption() as preemption,
-    ):
-        abstract = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-            run.state_shapes,
-            state_shardings,
         )
-        restored = checkpoints.restore(abstract)
-        first, state = restored[:2] if restored else (0, load_state(run, state_shardings, start))
+    with checkpoints, Preemption() as preemption:
+        restored = checkpoints.restore(layout.abstract()[0])
+        first, state = restored[:2] if restored else (0, load_state(run, layout.state, start))
         write_config(workdir / "config.json", config)
         grid = None
         if config.sample.every:
@@ -95,6 +81,7 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        step = compiled(config, run, layout)
         with MetricsLog(workdir, steps=config.steps, batch_size=config.batch_size, resume_step=first) as log:
             skipped = 0
             for number in range(first + 1, config.steps + 1):
@@ -107,16 +94,16 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
                         f"the loss or its gradient was not finite in {skipped} steps in a row, up to step "
                         f"{number}: lower the learning rates; the checkpoints before are kept in {workdir}"
                     )
-                last = number == config.steps or preemption.requested
-                if last or number % config.checkpoint.every == 0:
+                preempted = preemption.after(number)
+                if preempted or number == config.steps or number % config.checkpoint.every == 0:
                     checkpoints.save(number, state)
                 if grid and (number == config.steps or number % config.sample.every == 0):
                     grid.draw(state, sample_path(workdir, number))
-                if preemption.requested:
-                    break
-        if preemption.requested:
-            logging.warning("stopped after step %d, which is saved: run the same command to go on", number)
-            return EXIT_PREEMPTED
+                if preempted:
+                    logging.warning(
+                        "stopped after step %d, which is saved: run the same command to go on", number
+                    )
+                    return EXIT_PREEMPTED
 
     export = workdir / "export"
     export_student(run, state, export)
@@ -124,6 +111,45 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
         prompt = config.sample.prompts[0] if config.sample.prompts else "a red apple"
         print(f'python launch/generate.py --model={export} --prompt="{prompt}" --out=one.png')
     return 0
+
+
+class Prepared(NamedTuple):
+    """What a run needs before anything is loaded; `start` holds the factors that the student's LoRA starts from."""
+
+    run: Run
+    layout: Layout
+    source: PromptSource
+    tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None]
+    start: dict[str, np.ndarray] | None
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Prepared:
+    """Reads all that can be wrong with a run's input, writes nothing, and logs what each sharding rule matches."""
+    parts = read_parts(config)
+    config = choose_fsdp(config, parts, jax.device_count(), device_memory())
+    mesh = make_mesh(*check_mesh(config, jax.device_count()))
+    core = attention.choose(mesh, DTYPES[config.precision]) if config.attention == "auto" else None
+    run = assemble(config, parts, core)
+    layout = Layout(mesh, config.mesh.rules, run.state_shapes, run.frozen_shapes)
+    for pattern, leaves in layout.matches().items():
+        logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)
+    source = open_prompts(config.prompts)
+    tokenizers = load_tokenizers(run)
+    prompt_batches(source, config.batch_size, config.seed)  # too few prompts are an error here
+    start = None
+    if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
+        start = read_start(run, config.student.lora.init)
+    return Prepared(run, layout, source, tokenizers, start)
+
+
+def compiled(config: ConfigDict, run: Run, layout: Layout) -> TrainStep:
+    """Compiles the step, and says how long that took."""
+    begin = time.monotonic()
+    step, programs = compile_step(config, run, layout)
+    if jax.process_index() == 0:
+        count = len(programs.compiled())
+        print(f"compiled the step, {count} program(s), in {time.monotonic() - begin:.1f} s", flush=True)
+    return step
 
 
 def load_tokenizers(run: Run) -> tuple[Tokenizer | TokenizerPair, Tokenizer | None]:

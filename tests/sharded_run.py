@@ -11,8 +11,10 @@ import optax
 import tiny_world
 from jax.sharding import Mesh
 
-from sbv2_jax import sharding, steps
+from sbv2_jax import sharding
+from sbv2_jax.config import DEFAULT_RULES
 from sbv2_jax.state import TrainState
+from sbv2_jax.train_step import make_train_step
 from sbv2_jax.tree import leaf_names
 
 SMALLEST_SPLIT = 512  # the networks here are small
@@ -38,14 +40,10 @@ class Sharded:
         """Returns, of each run, the state and the metrics after two steps, and the batch as it was placed."""
         world = self.world
         objective = dataclasses.replace(world.run.objective, accumulate=accumulate)
-        constrain = sharding.constrain_batch(mesh)
-        placement = (
-            sharding.shardings(self.initial, mesh),
-            sharding.shardings(world.frozen, mesh),
-            sharding.batch_sharding(mesh),
-        )
+        layout = self.layout(mesh)
+        placement = (layout.state, layout.frozen, layout.placement.batch)
         step = tiny_world.fast_jit(
-            steps.make_train_step(world.run.models, objective, self.optimizer, self.optimizer, constrain),
+            make_train_step(world.run.models, objective, self.optimizer, self.optimizer, layout.placement),
             in_shardings=placement,
             out_shardings=(placement[0], None),
             donate_argnums=0,
@@ -59,9 +57,12 @@ class Sharded:
             results.append((state, jax.device_get(metrics), batch))
         return results
 
+    def layout(self, mesh: Mesh) -> sharding.Layout:
+        return sharding.Layout(mesh, DEFAULT_RULES, self.initial, self.world.frozen)
+
     def moved(self, state: TrainState, mesh: Mesh) -> list[str]:
         """Returns the leaves of the state that are not where they were planned to be."""
-        planned = jax.tree.leaves(sharding.shardings(self.initial, mesh))
+        planned = jax.tree.leaves(self.layout(mesh).state)
         leaves = zip(leaf_names(state), jax.tree.leaves(state), planned, strict=True)
         return [name for name, leaf, plan in leaves if not leaf.sharding.is_equivalent_to(plan, leaf.ndim)]
 
@@ -97,9 +98,9 @@ def main(meshes: list[str], shapes: dict[str, list[int]]) -> None:
 
     sharding.SMALLEST_SPLIT = SMALLEST_SPLIT
     sharded = Sharded()
-    [(want, want_metrics, _)] = sharded.run(sharding.make_mesh(1, 1, jax.devices()[:1]))
+    [(want, want_metrics, _)] = sharded.run(sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
     for name, mesh in grids.items():
-        results = sharded.run(mesh, accumulate=2 if name == "2x4" else 1, runs=2)
+        results = sharded.run(mesh, accumulate=2 if name == "1x2x4" else 1, runs=2)
         state, metrics, batch = results[0]
         assert metrics["skipped"] == 0
         out["errors"][name] = errors(state, metrics, want, want_metrics)

@@ -61,7 +61,7 @@ def test_config_files_are_valid_whole_and_shrunk(path):
         assert config.is_locked
         assert f"--config=configs/{path.name}{':' if argument else ''}{argument}" in docstring
     assert (config.teacher, config.prompts) == ("bundled", "openmoji") and config.steps <= 10
-    assert check_mesh(config, 1) == (1, 1)
+    assert check_mesh(config, 1) == (1, 1, 1)
 
 
 def test_the_second_training_has_lora_and_clip():
@@ -139,16 +139,18 @@ def test_unknown_and_missing_fields():
 
 def test_the_mesh_is_checked_against_the_devices():
     config = default_config()
-    assert check_mesh(config, 1) == (1, 1)
-    assert check_mesh(config, 8) == (8, 1)
+    assert check_mesh(config, 1) == (1, 1, 1)
+    assert check_mesh(config, 8) == (1, 8, 1)
     config.mesh.fsdp = 4
-    assert check_mesh(config, 8) == (2, 4)
-    with pytest.raises(InputError, match="config.mesh.fsdp = 4 does not divide the 6 devices"):
+    assert check_mesh(config, 8) == (1, 2, 4)
+    with pytest.raises(InputError, match="config.mesh.fsdp = 1 x 4 does not divide the 6 devices"):
         check_mesh(config, 6)
     config.mesh.data = 4
-    with pytest.raises(InputError, match="4 x 4 needs 16 devices; there are 8"):
+    with pytest.raises(InputError, match="1 x 4 x 4 needs 16 devices; there are 8"):
         check_mesh(config, 8)
-    config.mesh.update(data=-1, fsdp=1)
+    config.mesh.update(replica=2, data=-1)
+    assert check_mesh(config, 8) == (2, 1, 4)
+    config.mesh.update(replica=1, fsdp=1)
     config.batch_size = 12
     validate(config)
     with pytest.raises(InputError, match="config.batch_size = 12 is not a multiple of .* = 1 x 8"):

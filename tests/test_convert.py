@@ -21,7 +21,7 @@ from sbv2_jax.convert.component import load_component, load_config, save_compone
 from sbv2_jax.convert.names import params_from_torch, torch_names
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import class_of, config_class, network
-from sbv2_jax.models.unet import UNetConfig
+from sbv2_jax.models.unet import Execution, UNetConfig
 
 TEXT = {
     "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2,
@@ -202,7 +202,8 @@ def test_a_loaded_network_computes_what_theirs_does(tmp_path, rng):
         want = theirs(
             torch.from_numpy(x).permute(0, 3, 1, 2), torch.tensor([3, 999]), torch.from_numpy(context)
         ).sample
-    got = jax.jit(network(part.config, remat=True).apply)(part.params, x, np.array([3, 999]), context)
+    ours = jax.jit(network(part.config, execution=Execution(remat=True)).apply)
+    got = ours(part.params, x, np.array([3, 999]), context)
     assert relative_error(got, want.permute(0, 2, 3, 1).numpy()) < 1e-4
 
 

@@ -44,7 +44,7 @@ def test_the_lora_of_a_run_is_where_another_starts(world, tmp_path):
     export_lora(made.directory, file)
     config = make_config(world)
     run = assemble(config, read_parts(config))
-    placement = shardings(run.state_shapes, make_mesh(1, 1))
+    placement = shardings(run.state_shapes, make_mesh(1, 1, 1))
     state = load_state(run, placement, read_start(run, str(file)))
     for trained in (state.student, state.ema):
         assert trained.keys() == made.state.student.keys()

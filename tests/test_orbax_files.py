@@ -114,7 +114,7 @@ def test_a_run_starts_from_it_with_the_same_weights(world):
         config.student.update(mode="lora", init=str(teacher / "unet"))
         run = assemble(config, read_parts(config))
         ids = np.zeros(run.parts.text_encoder.config.max_position_embeddings, np.int32)
-        return load_frozen(run, ids, shardings(run.frozen_shapes, make_mesh(1, 1)))
+        return load_frozen(run, ids, shardings(run.frozen_shapes, make_mesh(1, 1, 1)))
 
     ours, theirs = frozen_of(world / "orbax"), frozen_of(world / "pipeline")
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)

@@ -15,7 +15,7 @@ from conftest import measured
 # Sums over the batch and over split dimensions are taken in another order. Errors are counted against the
 # largest value of each tensor; where the gradients of the samples nearly cancel, their sum has a larger one.
 WEIGHT_BOUND, MOMENT_BOUND, METRIC_BOUND = 2e-6, 5e-5, 1e-5
-MESHES = ["2x4", "8x1", "1x8"]
+MESHES = ["1x2x4", "1x8x1", "1x1x8", "2x2x2"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def found() -> dict:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_two_sharded_steps_equal_those_of_one_device(found, mesh):
-    """On 2x4 the batch is also accumulated in two passes, each of samples from every device."""
+    """On 1x2x4 the batch is also accumulated in two passes, each of samples from every device."""
     for name, error in found["errors"][mesh].items():
         bound = {"metrics": METRIC_BOUND, "student_opt": MOMENT_BOUND, "score_opt": MOMENT_BOUND}
         assert measured(error) < bound.get(name, WEIGHT_BOUND), name
@@ -52,18 +52,18 @@ def test_a_mesh_runs_bit_identically_again(found, mesh):
 
 ON_THE_THIRD = [None, None, "fsdp"]
 ON_THE_LAST = [None, None, None, "fsdp"]
-SPECS = {  # of each leaf its shape, then its spec over 2 x 4, 8 x 1 and 1 x 8 devices
-    "conv, two largest dimensions": ([3, 3, 320, 320], ON_THE_THIRD, [], ON_THE_THIRD),
-    "conv, one largest dimension": ([3, 3, 320, 640], ON_THE_LAST, [], ON_THE_LAST),
-    "dense": ([1280, 320], ["fsdp"], [], ["fsdp"]),
-    "largest is not divisible": ([1027, 320], [None, "fsdp"], [], [None, "fsdp"]),
-    "largest is divisible by 4 only": ([1028, 320], ["fsdp"], [], [None, "fsdp"]),
-    "nothing is divisible": ([1027, 321], [], [], []),
-    "bias": ([1280], [], [], []),
-    "just too small": ([128, 127], [], [], []),
-    "just large enough": ([128, 128], ["fsdp"], [], ["fsdp"]),
-    "key": ([32768], [], [], []),
-    "student_opt.0.count": ([32768], [], [], []),
+SPECS = {  # of each leaf its shape, then its spec over meshes of 4, 1, 8 and 2 devices along fsdp
+    "conv, two largest dimensions": ([3, 3, 320, 320], ON_THE_THIRD, [], ON_THE_THIRD, ON_THE_THIRD),
+    "conv, one largest dimension": ([3, 3, 320, 640], ON_THE_LAST, [], ON_THE_LAST, ON_THE_LAST),
+    "dense": ([1280, 320], ["fsdp"], [], ["fsdp"], ["fsdp"]),
+    "largest is not divisible": ([1027, 320], [None, "fsdp"], [], [None, "fsdp"], [None, "fsdp"]),
+    "largest is divisible by 4 only": ([1028, 320], ["fsdp"], [], [None, "fsdp"], ["fsdp"]),
+    "nothing is divisible": ([1027, 321], [], [], [], []),
+    "bias": ([1280], [], [], [], []),
+    "just too small": ([128, 127], [], [], [], []),
+    "just large enough": ([128, 128], ["fsdp"], [], ["fsdp"], ["fsdp"]),
+    "key": ([32768], [], [], [], []),
+    "student_opt.0.count": ([32768], [], [], [], []),
 }
 
 
@@ -75,7 +75,7 @@ def test_specs(found, name):
 
 def test_the_batch_is_split_over_both_axes(found):
     for mesh in MESHES:
-        assert found["batch"][mesh]["spec"] == [["data", "fsdp"]]
+        assert found["batch"][mesh]["spec"] == [["replica", "data", "fsdp"]]
         assert found["batch"][mesh]["shard"] == found["batch_size"] // 8
 
 

@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from sbv2_jax.errors import InputError
-from sbv2_jax.sharding import AXES, bytes_per_device, matches, shardings
+from sbv2_jax.sharding import AXES, Layout, bytes_per_device, matches, shardings
 
-MESH = AbstractMesh((2, 4), AXES)
+MESH = AbstractMesh((1, 2, 4), AXES)
 
 
 def shape(*dims: int) -> jax.ShapeDtypeStruct:
@@ -54,5 +54,23 @@ def test_the_first_rule_that_matches_wins_and_matches_are_counted():
 def test_a_leaf_without_a_rule_and_an_unknown_strategy_are_errors():
     with pytest.raises(InputError, match="count, norm.scale"):
         shardings(TREE, MESH, ((r".*\.kernel", "fsdp"),))
-    with pytest.raises(InputError, match="'tensor'"):
-        shardings(TREE, MESH, ((r".*", "tensor"),))
+    with pytest.raises(InputError, match="'tensor' is neither"):
+        shardings(TREE, MESH, ((r".*", "data+tensor"),))
+
+
+def test_a_leaf_may_be_split_over_several_axes():
+    specs = shardings(TREE, MESH, ((r".*", "data+fsdp"),))
+    assert specs["dense.kernel"].spec == PartitionSpec(("data", "fsdp"))
+    assert specs["dense.kernel"].shard_shape((512, 128)) == (64, 128)
+    assert specs["odd.kernel"].spec == PartitionSpec()
+
+
+def test_the_rules_of_a_layout_see_the_whole_run_and_none_is_idle():
+    state, frozen = {"student": TREE}, {"teacher": TREE}
+    rules = ((r"frozen\.teacher\..*", "data"), (r".*", "fsdp"))
+    layout = Layout(MESH, rules, state, frozen)
+    assert layout.state["student"]["dense.kernel"].spec == PartitionSpec("fsdp")
+    assert layout.frozen["teacher"]["dense.kernel"].spec == PartitionSpec("data")
+    assert layout.matches() == {r"frozen\.teacher\..*": 6, r".*": 6}
+    with pytest.raises(InputError, match=r"no leaf of the run is the first to match teacher"):
+        Layout(MESH, ((r"teacher\..*", "data"), *rules), state, frozen)

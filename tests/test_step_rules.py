@@ -17,6 +17,7 @@ from sbv2_jax.conditions import Text, TextEncoder
 from sbv2_jax.models.clip import TextOutput
 from sbv2_jax.schedule import ScheduleConfig, make_schedule
 from sbv2_jax.state import Frozen, init_state
+from sbv2_jax.train_step import make_train_step
 from sbv2_jax.tree import leaf_names
 
 
@@ -293,7 +294,7 @@ def test_a_student_of_gaussians_learns_the_teachers_means_and_deviation(weightin
         teacher={}, student={}, text_encoder={}, null_text=Text(jnp.zeros((1, 2))), decoder={}, clip={}
     )
     batch = steps.Batch(jnp.arange(64).reshape(64, 1) % 2, None)
-    step = steps.make_train_step(models, objective, student_optimizer, score_optimizer)
+    step = make_train_step(models, objective, student_optimizer, score_optimizer)
     train = fast_jit(lambda state: jax.lax.scan(lambda s, _: step(s, frozen, batch), state, length=600))
     state, metrics = train(state)
     means = jnp.array([[-1.0, 1.0], [2.0, 1.0]]) @ state.student["shift"]

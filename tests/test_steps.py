@@ -23,6 +23,7 @@ from torch_reference import integers, nchw
 from sbv2_jax import steps
 from sbv2_jax.conditions import split
 from sbv2_jax.convert.names import params_to_torch
+from sbv2_jax.train_step import make_train_step
 
 GRADIENT_BOUND = 1e-4
 WEIGHT_BOUND = 1e-5
@@ -197,7 +198,7 @@ def both(request) -> Both:
     tau, cosines, clip_over_vsd = balance(reference, ids, draws(state.key, 0)[0])
     reference.method.tau = tau
     objective = dataclasses.replace(world.run.objective, clip_tau=tau)
-    step = tiny_world.fast_jit(steps.make_train_step(world.run.models, objective, *optimizers.values()))
+    step = tiny_world.fast_jit(make_train_step(world.run.models, objective, *optimizers.values()))
     states, ours, theirs = [state], [as_torch(state)], []
     for index in range(STEPS):
         state, metrics = step(state, world.frozen, world.batch)

@@ -16,7 +16,15 @@ from sbv2_jax.errors import InputError
 from sbv2_jax.models import published
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.transformer import Transformer2DModel
-from sbv2_jax.models.unet import AddedConditions, MidBlock, UNet2DConditionModel, UNetConfig, UpBlock
+from sbv2_jax.models.unet import (
+    PLAIN,
+    AddedConditions,
+    Execution,
+    MidBlock,
+    UNet2DConditionModel,
+    UNetConfig,
+    UpBlock,
+)
 from sbv2_jax.tree import cast, count
 
 SD15, SD21, SDXL = (published.ARCHITECTURES[name]["unet"] for name in ("sd15", "sd21", "sdxl"))
@@ -135,13 +143,13 @@ def test_mid_and_up_block_equal_diffusers(rng):
     context = rng.standard_normal((2, 7, 20), np.float32)
     skips = [rng.standard_normal((2, 4, 6, width), np.float32) for width in (24, 48)]
 
-    network = Network(lambda rngs: MidBlock(config, False, rngs))
+    network = Network(lambda rngs: MidBlock(config, PLAIN, rngs))
     with torch.no_grad():
         want = mid(nchw(x), torch.from_numpy(emb), torch.from_numpy(context))
     got = network.apply(params_of(mid, network), x, emb, context)
     assert relative_error(got, nhwc(want)) < BOUND
 
-    network = Network(lambda rngs: UpBlock(config, 1, "CrossAttnUpBlock2D", False, rngs))
+    network = Network(lambda rngs: UpBlock(config, 1, "CrossAttnUpBlock2D", PLAIN, rngs))
     with torch.no_grad():
         want = up(
             nchw(x), tuple(nchw(skip) for skip in skips), torch.from_numpy(emb), torch.from_numpy(context)
@@ -166,7 +174,7 @@ def test_published_shapes_have_diffusers_names_and_counts(values, parameters):
 def test_remat_changes_no_number(rng):
     config = UNetConfig.from_dict(CASES["two levels, odd widths"])
     plain = Network(lambda rngs: UNet2DConditionModel(config, rngs))
-    remat = Network(lambda rngs: UNet2DConditionModel(config, rngs, remat=True))
+    remat = Network(lambda rngs: UNet2DConditionModel(config, rngs, execution=Execution(remat=True)))
     params = plain.init(0)
     latents = rng.standard_normal((1, 4, 4, 9), np.float32)
     context = rng.standard_normal((1, 7, 20), np.float32)

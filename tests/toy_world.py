@@ -16,6 +16,7 @@ from sbv2_jax.models.layers import Embed, Linear
 from sbv2_jax.models.network import Network
 from sbv2_jax.schedule import ScheduleConfig, make_schedule
 from sbv2_jax.state import Frozen, TrainState, init_state
+from sbv2_jax.train_step import make_train_step
 from sbv2_jax.tree import cast
 
 BATCH, LATENTS, VOCABULARY = 8, (2, 2, 3), 12
@@ -102,5 +103,5 @@ class Toy:
         """Returns the jitted step, with these fields of the objective changed and arguments for `jax.jit`."""
         objective = dataclasses.replace(self.objective, **changes)
         return fast_jit(
-            steps.make_train_step(self.models, objective, self.optimizer, self.optimizer), **(jit or {})
+            make_train_step(self.models, objective, self.optimizer, self.optimizer), **(jit or {})
         )

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sbv2_jax.models.attention import attention
 from sbv2_jax.models.config import ModelConfig
-from sbv2_jax.models.layers import ACTIVATIONS, Conv, Embed, LayerNorm, Linear, attention
+from sbv2_jax.models.layers import ACTIVATIONS, Conv, Embed, LayerNorm, Linear, shape_only
 
 T = TypeVar("T")
 
@@ -263,7 +264,7 @@ class VisionEmbeddings(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
         dim, patch, size = config.hidden_size, config.patch_size, config.image_size
         self.shape = (size, size, config.num_channels)
-        self.class_embedding = nnx.Param(jnp.zeros((dim,)))
+        self.class_embedding = nnx.Param(shape_only(None, (dim,)))
         self.patch_embedding = Conv(
             config.num_channels, dim, patch, stride=patch, padding=0, use_bias=False, rngs=rngs
         )
@@ -303,7 +304,7 @@ class CLIPModel(nnx.Module):
         self.vision_model = VisionTransformer(vision, rngs)
         self.visual_projection = Linear(vision.hidden_size, dim, use_bias=False, rngs=rngs)
         self.text_projection = Linear(text.hidden_size, dim, use_bias=False, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.zeros(()))
+        self.logit_scale = nnx.Param(shape_only(None, ()))
 
     def text_features(self, input_ids: jax.Array) -> jax.Array:
         """Returns the text embeddings [B, projection_dim], not normalised, of token ids [B, S]."""

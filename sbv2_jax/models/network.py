@@ -22,7 +22,7 @@ class Network:
     """
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
-        model = nnx.eval_shape(lambda: build(_NoRandomness()))
+        model = build(_NoRandomness())
         self.name = type(model).__name__
         self._graphdef, state = nnx.split(model)
         self._variables = nnx.to_flat_state(state)

@@ -17,7 +17,7 @@ from sbv2_jax.models.clip import (
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
-from sbv2_jax.models.unet import UNet2DConditionModel, UNetConfig
+from sbv2_jax.models.unet import PLAIN, Execution, UNet2DConditionModel, UNetConfig
 from sbv2_jax.models.vae import AutoencoderKL, VAEConfig
 
 _CLASSES: dict[str, tuple[type[ModelConfig], type[nnx.Module]]] = {
@@ -72,20 +72,17 @@ def class_of(config: ModelConfig) -> str:
     return found
 
 
-def build(config: ModelConfig, rngs: nnx.Rngs, *, remat: bool = False) -> nnx.Module:
-    """Builds the module of a configuration, for `Network`.
-
-    `remat` has the UNet compute its activations again in the backward pass; the others keep theirs.
-    """
+def build(config: ModelConfig, rngs: nnx.Rngs, *, execution: Execution = PLAIN) -> nnx.Module:
+    """Builds the module of a configuration, for `Network`; `execution` is the UNet's alone."""
     name = class_of(config)
-    options = {"remat": remat} if name == "UNet2DConditionModel" else {}
+    options = {"execution": execution} if name == "UNet2DConditionModel" else {}
     return _CLASSES[name][1](config, rngs, **options)
 
 
 @functools.cache
-def network(config: ModelConfig, *, remat: bool = False) -> Network:
-    """Returns the network of a configuration, without parameters; `remat` as in `build`.
+def network(config: ModelConfig, *, execution: Execution = PLAIN) -> Network:
+    """Returns the network of a configuration, without parameters; `execution` as in `build`.
 
     Kept: a network has no state, and tracing its shapes takes a second at the size of Stable Diffusion.
     """
-    return Network(lambda rngs: build(config, rngs, remat=remat))
+    return Network(lambda rngs: build(config, rngs, execution=execution))

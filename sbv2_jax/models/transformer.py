@@ -4,22 +4,33 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, LayerNorm, Linear, attention
+from sbv2_jax.models.attention import Core, attention
+from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, LayerNorm, Linear
 
 
 class Attention(nnx.Module):
     """Multi-head attention of [B, N, channels] to itself, or to a context [B, M, context_channels]."""
 
-    def __init__(self, channels: int, context_channels: int, heads: int, head_dim: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        heads: int,
+        head_dim: int,
+        core: Core | None,
+        rngs: nnx.Rngs,
+    ):
         inner = heads * head_dim
         self.heads = heads
+        self._core = core
         self.to_q = Linear(channels, inner, use_bias=False, rngs=rngs)
         self.to_k = Linear(context_channels, inner, use_bias=False, rngs=rngs)
         self.to_v = Linear(context_channels, inner, use_bias=False, rngs=rngs)
         self.to_out = nnx.List([Linear(inner, channels, rngs=rngs)])
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out[0](attention(query, key, value, self.heads, core=self._core))
 
 
 class GEGLU(nnx.Module):
@@ -56,11 +67,19 @@ class FeedForward(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
     """Pre-norm self-attention, cross-attention and feed-forward, each with a residual."""
 
-    def __init__(self, channels: int, context_channels: int, heads: int, head_dim: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        heads: int,
+        head_dim: int,
+        core: Core | None,
+        rngs: nnx.Rngs,
+    ):
         self.norm1 = LayerNorm(channels, 1e-5, rngs)
-        self.attn1 = Attention(channels, channels, heads, head_dim, rngs)
+        self.attn1 = Attention(channels, channels, heads, head_dim, core, rngs)
         self.norm2 = LayerNorm(channels, 1e-5, rngs)
-        self.attn2 = Attention(channels, context_channels, heads, head_dim, rngs)
+        self.attn2 = Attention(channels, context_channels, heads, head_dim, core, rngs)
         self.norm3 = LayerNorm(channels, 1e-5, rngs)
         self.ff = FeedForward(channels, rngs)
 
@@ -83,6 +102,7 @@ class Transformer2DModel(nnx.Module):
         layers: int,
         groups: int,
         linear_projection: bool,
+        core: Core | None = None,
         rngs: nnx.Rngs,
     ):
         # As in diffusers: where the heads do not divide the channels, the inner width is the smaller.
@@ -96,7 +116,10 @@ class Transformer2DModel(nnx.Module):
             self.proj_in = Conv(channels, inner, 1, rngs=rngs)
             self.proj_out = Conv(inner, channels, 1, rngs=rngs)
         self.transformer_blocks = nnx.List(
-            [BasicTransformerBlock(inner, context_channels, heads, head_dim, rngs) for _ in range(layers)]
+            [
+                BasicTransformerBlock(inner, context_channels, heads, head_dim, core, rngs)
+                for _ in range(layers)
+            ]
         )
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sbv2_jax.models.attention import Core
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear, sinusoidal_embedding
 from sbv2_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -114,6 +115,21 @@ class UNetConfig(ModelConfig):
         return value
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the network is computed, which changes its numbers by rounding alone.
+
+    With `remat`, the activations inside each resnet and transformer are computed again in the backward pass, not
+    kept. `core` computes the attention; without one, XLA does.
+    """
+
+    remat: bool = False
+    core: Core | None = None
+
+
+PLAIN = Execution()
+
+
 class AddedConditions(NamedTuple):
     """SDXL's conditions beside the text: pooled text [B, D], and sizes and crop in pixels [B, 6]."""
 
@@ -145,7 +161,7 @@ def _resnet(config: UNetConfig, in_channels: int, out_channels: int, rngs: nnx.R
     )
 
 
-def _transformer(config: UNetConfig, level: int, rngs: nnx.Rngs) -> Transformer2DModel:
+def _transformer(config: UNetConfig, level: int, core: Core | None, rngs: nnx.Rngs) -> Transformer2DModel:
     return Transformer2DModel(
         config.block_out_channels[level],
         config.per_level("cross_attention_dim")[level],
@@ -153,18 +169,16 @@ def _transformer(config: UNetConfig, level: int, rngs: nnx.Rngs) -> Transformer2
         layers=config.per_level("transformer_layers_per_block")[level],
         groups=config.norm_num_groups,
         linear_projection=config.use_linear_projection,
+        core=core,
         rngs=rngs,
     )
 
 
 class _Block(nnx.Module):
-    """What the down, mid and up blocks share: resnets and, where the block attends, transformers.
+    """What the down, mid and up blocks share: resnets and, where the block attends, transformers."""
 
-    With `remat`, the activations inside each of them are computed again in the backward pass, not kept.
-    """
-
-    def __init__(self, remat: bool):
-        self._remat = remat
+    def __init__(self, execution: Execution):
+        self._remat = execution.remat
 
     def _call(self, module: nnx.Module, *args: jax.Array) -> jax.Array:
         call = type(module).__call__
@@ -174,14 +188,16 @@ class _Block(nnx.Module):
 class DownBlock(_Block):
     """One level on the way down; returns its output and what the way up will take from it."""
 
-    def __init__(self, config: UNetConfig, level: int, remat: bool, rngs: nnx.Rngs):
-        super().__init__(remat)
+    def __init__(self, config: UNetConfig, level: int, execution: Execution, rngs: nnx.Rngs):
+        super().__init__(execution)
         channels = config.block_out_channels[level]
         layers = config.per_level("layers_per_block")[level]
         inputs = [config.block_out_channels[max(level - 1, 0)]] + [channels] * (layers - 1)
         self.attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
         if self.attends:
-            self.attentions = nnx.List([_transformer(config, level, rngs) for _ in range(layers)])
+            self.attentions = nnx.List(
+                [_transformer(config, level, execution.core, rngs) for _ in range(layers)]
+            )
         self.resnets = nnx.List([_resnet(config, width, channels, rngs) for width in inputs])
         if level < len(config.block_out_channels) - 1:
             self.downsamplers = nnx.List(
@@ -204,12 +220,12 @@ class DownBlock(_Block):
 class MidBlock(_Block):
     """The lowest level: a resnet and, where it attends, a transformer and a second resnet."""
 
-    def __init__(self, config: UNetConfig, remat: bool, rngs: nnx.Rngs):
-        super().__init__(remat)
+    def __init__(self, config: UNetConfig, execution: Execution, rngs: nnx.Rngs):
+        super().__init__(execution)
         channels = config.block_out_channels[-1]
         self.attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
         if self.attends:
-            self.attentions = nnx.List([_transformer(config, -1, rngs)])
+            self.attentions = nnx.List([_transformer(config, -1, execution.core, rngs)])
         self.resnets = nnx.List(
             [_resnet(config, channels, channels, rngs) for _ in range(2 if self.attends else 1)]
         )
@@ -225,8 +241,8 @@ class MidBlock(_Block):
 class UpBlock(_Block):
     """One level on the way up, `level` counted as on the way down; takes the skips from the end of the list."""
 
-    def __init__(self, config: UNetConfig, level: int, block_type: str, remat: bool, rngs: nnx.Rngs):
-        super().__init__(remat)
+    def __init__(self, config: UNetConfig, level: int, block_type: str, execution: Execution, rngs: nnx.Rngs):
+        super().__init__(execution)
         widths = config.block_out_channels
         channels, below = widths[level], widths[min(level + 1, len(widths) - 1)]
         layers = config.per_level("layers_per_block")[level] + 1
@@ -234,7 +250,9 @@ class UpBlock(_Block):
         skips = [channels] * (layers - 1) + [widths[max(level - 1, 0)]]
         self.attends = block_type == "CrossAttnUpBlock2D"
         if self.attends:
-            self.attentions = nnx.List([_transformer(config, level, rngs) for _ in range(layers)])
+            self.attentions = nnx.List(
+                [_transformer(config, level, execution.core, rngs) for _ in range(layers)]
+            )
         self.resnets = nnx.List(
             [_resnet(config, width + skip, channels, rngs) for width, skip in zip(inputs, skips, strict=True)]
         )
@@ -256,7 +274,7 @@ class UpBlock(_Block):
 class UNet2DConditionModel(nnx.Module):
     """Predicts epsilon or v from noisy latents, timesteps and text."""
 
-    def __init__(self, config: UNetConfig, rngs: nnx.Rngs, *, remat: bool = False):
+    def __init__(self, config: UNetConfig, rngs: nnx.Rngs, *, execution: Execution = PLAIN):
         widths = config.block_out_channels
         time_channels = 4 * widths[0]
         self.config = config
@@ -265,12 +283,14 @@ class UNet2DConditionModel(nnx.Module):
         if config.addition_embed_type == "text_time":
             added = config.projection_class_embeddings_input_dim
             self.add_embedding = TimestepEmbedding(added, time_channels, config.act_fn, rngs)
-        self.down_blocks = nnx.List([DownBlock(config, level, remat, rngs) for level in range(len(widths))])
+        self.down_blocks = nnx.List(
+            [DownBlock(config, level, execution, rngs) for level in range(len(widths))]
+        )
         if config.mid_block_type is not None:
-            self.mid_block = MidBlock(config, remat, rngs)
+            self.mid_block = MidBlock(config, execution, rngs)
         self.up_blocks = nnx.List(
             [
-                UpBlock(config, len(widths) - 1 - i, block_type, remat, rngs)
+                UpBlock(config, len(widths) - 1 - i, block_type, execution, rngs)
                 for i, block_type in enumerate(config.up_block_types)
             ]
         )

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sbv2_jax.models.attention import attention
 from sbv2_jax.models.config import ModelConfig
-from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear, attention
+from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear
 from sbv2_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 # diffusers fixes it for the whole autoencoder; the UNet's is another.

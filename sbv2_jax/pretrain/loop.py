@@ -16,7 +16,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.log import MetricsLog
-from sbv2_jax.sharding import constrain_batch, make_mesh
+from sbv2_jax.sharding import batch_sharding, make_mesh
 from sbv2_jax.tree import Params, lerp
 
 _LAST_OF_BRANCH = re.compile(r"(.*\.(conv2|conv\.4|proj_out|to_out\.0)|conv_out)\.kernel")
@@ -145,7 +145,7 @@ def _restored_or_new(
 
 def everywhere() -> jax.sharding.NamedSharding:
     """Returns the sharding of what every device holds whole: parameters and data."""
-    return jax.sharding.NamedSharding(make_mesh(len(jax.devices()), 1), jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec())
 
 
 def draw_rows(key: jax.Array, count: int, array: jax.Array) -> jax.Array:
@@ -155,7 +155,11 @@ def draw_rows(key: jax.Array, count: int, array: jax.Array) -> jax.Array:
 
 def split_rows(rows: jax.Array) -> jax.Array:
     """Returns the rows of a batch, split over the devices; all that is computed from them is split alike."""
-    return constrain_batch(make_mesh(len(jax.devices()), 1))(rows)
+    return jax.lax.with_sharding_constraint(rows, batch_sharding(_mesh()))
+
+
+def _mesh() -> jax.sharding.Mesh:
+    return make_mesh(1, len(jax.devices()), 1)
 
 
 def learning_rate(settings: ConfigDict, cooldown: float) -> optax.Schedule:

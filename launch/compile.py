@@ -1,0 +1,45 @@
+"""Compiles the training step for TPUs that are not here, and says whether it fits.
+
+python launch/compile.py --config=configs/tpu_v4.py --topology=v4:2x2x4
+
+Exit code 1 where it does not fit, with what would make it fit; that too was compiled.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from sbv2_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run: FILE.py or FILE.py:ARGUMENT.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:AxBxC, such as v4:2x2x4 or v5e:4x4.")
+_ADVICE = flags.DEFINE_boolean(
+    "advice", True, "Where it does not fit, compile what takes less until one does."
+)
+_WORKERS = flags.DEFINE_integer(
+    "workers", 1, "Stages compiled at a time; each takes gigabytes.", lower_bound=1
+)
+
+
+def main() -> int:
+    # jax is loaded only once the flags are right
+    from sbv2_jax.compilation import use_cache
+    from sbv2_jax.plan.plan import changed, compile_for, remedies
+    from sbv2_jax.plan.report import text_of
+
+    use_cache()
+    plan = compile_for(_CONFIG.value, _TOPOLOGY.value, workers=_WORKERS.value)
+    print(text_of(plan), flush=True)
+    if plan.fits:
+        return 0
+    for changes in remedies(_CONFIG.value, plan.devices) if _ADVICE.value else ():
+        overrides = " ".join(f"--config.{name}={value}" for name, value in changes.items())
+        print(f"\nwith {overrides}:", flush=True)
+        plan = compile_for(changed(_CONFIG.value, changes), _TOPOLOGY.value, workers=_WORKERS.value)
+        print(text_of(plan), flush=True)
+        if plan.fits:
+            break
+    return 1
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config", "topology"))

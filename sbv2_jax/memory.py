@@ -1,0 +1,94 @@
+"""An estimate, before anything is compiled, of the memory that a run takes of each device."""
+
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from sbv2_jax.assemble import Run, assemble
+from sbv2_jax.config import check_mesh
+from sbv2_jax.errors import InputError
+from sbv2_jax.parts import Parts
+from sbv2_jax.sharding import AXES, Layout, bytes_per_device
+from sbv2_jax.steps import generate
+from sbv2_jax.tree import nbytes
+
+# What the compiler's own temporaries and fragmentation leave of a device.
+USABLE = 0.85
+# A block that is computed again makes about so many arrays of the size of its input.
+_ARRAYS_OF_A_BLOCK = 32
+
+
+def choose_fsdp(config: ConfigDict, parts: Parts, device_count: int, memory: float | None) -> ConfigDict:
+    """Returns the configuration with `mesh.fsdp` = -1 made the smallest power of two that is estimated to fit.
+
+    `memory` is that of one device in bytes; None, of a CPU, fits everything. Raises InputError, with the
+    estimate, where even all devices of a replica are too few.
+    """
+    if config.mesh.fsdp != -1:
+        return config
+    run, of_a_replica, fsdp = assemble(config, parts), device_count // config.mesh.replica, 1
+    config = config.copy_and_resolve_references()
+    while True:
+        config.mesh.fsdp = fsdp
+        if memory is None:
+            return config
+        wanted = estimate(config, run, AbstractMesh(check_mesh(config, device_count), AXES))
+        if wanted <= USABLE * memory:
+            logging.info("config.mesh.fsdp = -1 is %d here: %.1f GiB a device", fsdp, wanted / 2**30)
+            return config
+        if of_a_replica % (2 * fsdp):
+            raise InputError(
+                f"config.mesh.fsdp = -1: even fsdp = {fsdp} is estimated to take {wanted / 2**30:.1f} GiB of a device "
+                f"with {memory / 2**30:.1f}: raise config.accumulate, or set config.remat = 'block'"
+            )
+        fsdp *= 2
+
+
+def device_memory() -> float | None:
+    """Returns the bytes of the first device's memory that JAX may use, or None where it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def estimate(config: ConfigDict, run: Run, mesh: AbstractMesh) -> float:
+    """Returns the bytes on each device: state, frozen networks, gradients, and the activations of one pass.
+
+    It counts the student's backward pass, the largest part of a step.
+    """
+    layout = Layout(mesh, config.mesh.rules, run.state_shapes, run.frozen_shapes)
+    held = bytes_per_device(run.state_shapes, layout.state) + bytes_per_device(
+        run.frozen_shapes, layout.frozen
+    )
+    # Gradients, and new weights while the old ones are still there.
+    updates = 2 * bytes_per_device(run.state_shapes.student, layout.state.student)
+    images = config.batch_size / (config.accumulate * mesh.size)
+    return held + updates + images * activations(run, remat=config.remat == "block")
+
+
+def activations(run: Run, *, remat: bool) -> float:
+    """Returns the bytes that the student's backward pass takes for one image: what is kept, and made again."""
+    one, two = (_kept(run, batch) for batch in (1, 2))
+    # Weights are kept as well, and do not grow with the batch.
+    kept = nbytes(two) - nbytes(one)
+    again = (
+        _ARRAYS_OF_A_BLOCK * max(nbytes(b) - nbytes(a) for a, b in zip(one, two, strict=True)) if remat else 0
+    )
+    return kept + again
+
+
+def _kept(run: Run, batch: int) -> list[Any]:
+    """Returns the shapes of what the student's forward keeps for its backward pass."""
+    z = jax.ShapeDtypeStruct((batch, *run.objective.latent_shape), "float32")
+    text = jax.tree.map(
+        lambda null: jax.ShapeDtypeStruct((batch, *null.shape), null.dtype), run.frozen_shapes.null_text
+    )
+
+    def forward(student, frozen, z, text):
+        return jax.vjp(
+            lambda student: generate(run.models, run.objective, student, frozen, z, text), student
+        )[1]
+
+    return jax.tree.leaves(jax.eval_shape(forward, run.state_shapes.student, run.frozen_shapes, z, text))

@@ -1,0 +1,96 @@
+"""What the text of a compiled program tells: its largest arrays, and the bytes that its collectives move."""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+          "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
+_OPERATION = re.compile(r'op_name="([^"]*)"')
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r" s32\[\][^ ]* constant\((\d+)\)")
+_CALLED = re.compile(r"(?:to_apply|calls)=%?([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An array that a program makes on each device: its size, type and shape, and the operation that makes it."""
+
+    bytes: int
+    shape: str
+    operation: str
+
+
+def largest_arrays(text: str, count: int) -> list[Buffer]:
+    """Returns the largest arrays that instructions of the program make, one for each shape and operation."""
+    found: dict[tuple[str, str], Buffer] = {}
+    for line in text.splitlines():
+        instruction = _INSTRUCTION.match(line)
+        if instruction is None or instruction[3] in (
+            "parameter",
+            "tuple",
+            "get-tuple-element",
+            "bitcast",
+            "while",
+        ):
+            continue
+        named = _OPERATION.search(line)
+        for array in _ARRAY.finditer(instruction[2]):
+            shape, operation = array[0], _tail(named[1]) if named else instruction[3]
+            found[shape, operation] = Buffer(_bytes(array), shape, operation)
+    return sorted(found.values(), key=lambda buffer: -buffer.bytes)[:count]
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Returns, for each kind of collective, the bytes of its results on one device in one run of the program.
+
+    A loop's body counts as often as it runs, by the constant that its condition compares with; the halves of an
+    asynchronous pair count once.
+    """
+    limits: dict[str, int] = {}
+    own: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    calls: dict[str, list[tuple[str, str]]] = defaultdict(list)  # the computation, and a loop's condition
+    computation, entry = "", ""
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            computation = header[1]
+            entry = computation if line.startswith("ENTRY") else entry
+            continue
+        instruction = _INSTRUCTION.match(line)
+        if instruction is None:
+            continue
+        kind = instruction[3].removesuffix("-start")
+        if kind in _COLLECTIVES:
+            sizes = [_bytes(array) for array in _ARRAY.finditer(instruction[2])]
+            # The start of a pair has its operands and its results as results.
+            own[computation][kind] += max(sizes) if instruction[3].endswith("-start") else sum(sizes)
+        if limit := _CONSTANT.search(line):
+            limits[computation] = max(int(limit[1]), limits.get(computation, 1))
+        if body := _BODY.search(line):
+            calls[computation].append((body[1], _CONDITION.search(line)[1]))
+        elif called := _CALLED.search(line):
+            calls[computation].append((called[1], ""))
+    totals: dict[str, int] = defaultdict(int)
+
+    def add(name: str, times: int) -> None:
+        for kind, size in own[name].items():
+            totals[kind] += times * size
+        for inner, condition in calls[name]:
+            add(inner, times * limits.get(condition, 1))
+
+    add(entry, 1)
+    return dict(totals)
+
+
+def _bytes(array: re.Match) -> int:
+    return math.prod(int(length) for length in array[2].split(",") if length) * _BYTES.get(array[1], 4)
+
+
+def _tail(operation: str) -> str:
+    return "/".join(operation.split("/")[-2:])

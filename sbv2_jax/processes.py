@@ -1,0 +1,79 @@
+"""The processes of one run, each on a machine or a part of one: joined at the start, agreed on every failure."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sbv2_jax.errors import InputError
+
+_MESSAGE_BYTES = 1000
+# What the launchers that JAX can read set for each process of several.
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+
+
+def join(coordinator: str | None, count: int | None, index: int | None, *, pod: bool = False) -> None:
+    """Joins this process to the others of a run; a process alone is left as it is.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      count: how many processes there are.
+      index: which of them this is.
+      pod: the three are found by JAX itself: from a TPU's metadata, SLURM, MPI or Kubernetes.
+
+    With none of the four, a SLURM step or an MPI run of several tasks is still noticed.
+    Raises InputError for flags that do not go together, and where the processes do not find each other.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
+    missing = [flag for flag, value in given.items() if value is None]
+    launched = any(int(os.environ.get(name, "1")) > 1 for name in _COUNTS)
+    if len(missing) == len(given) and not (pod or launched):
+        return
+    if missing and len(missing) < len(given):
+        raise InputError(f"{', '.join(sorted(given.keys() - set(missing)))} also needs {', '.join(missing)}")
+    if count is not None and not 0 <= index < count:
+        raise InputError(f"--process_id={index} is not below --num_processes={count}")
+    try:
+        jax.distributed.initialize(coordinator, count, index)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the processes of the run did not find each other: {error}") from error
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Has an InputError of any process raised by all: else the others would wait for one that has ended."""
+    message, own = "", None
+    try:
+        yield
+    except InputError as error:
+        message, own = str(error), error
+    if jax.process_count() > 1:
+        messages = _shared(message)
+        failed = [number for number, each in enumerate(messages) if each]
+        if failed and own is None:
+            raise InputError(f"process {failed[0]}: {messages[failed[0]]}")
+    if own is not None:
+        raise own
+
+
+def require_same(name: str, value: str) -> None:
+    """Raises InputError, in every process, unless all have the same value."""
+    if jax.process_count() == 1:
+        return
+    digests = _shared(hashlib.sha256(value.encode()).hexdigest())
+    others = [str(number) for number, each in enumerate(digests) if each != digests[0]]
+    if others:
+        raise InputError(f"{name} of process(es) {', '.join(others)} is not that of process 0")
+
+
+def _shared(text: str) -> list[str]:
+    """Returns the texts of all processes, cut to a fixed number of bytes."""
+    own = np.zeros(_MESSAGE_BYTES, np.uint8)
+    data = np.frombuffer(text.encode()[:_MESSAGE_BYTES], np.uint8)
+    own[: len(data)] = data
+    rows = multihost_utils.process_allgather(own)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(rows)]

@@ -1,0 +1,115 @@
+"""Several processes of the real command on one machine, over gloo, against one process."""
+
+import json
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_train import command, metrics, start
+from tiny_pipeline import write_pipeline
+
+from sbv2_jax.errors import InputError
+from sbv2_jax.preemption import EXIT_PREEMPTED
+from sbv2_jax.processes import join
+
+SMALL = {"steps": 3, "sample.every": 3, "checkpoint.every": 3}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("world")
+    write_pipeline(directory)
+    (directory / "prompts.txt").write_text("a red apple\na dog\nred dog\napple\nan apple\n")
+    return directory
+
+
+def launch(count: int, world: Path, workdir: Path, *flags: str, **changes) -> list[subprocess.Popen]:
+    """Starts the processes of one run; `changes` may hold a list of values, one for each process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for index in range(count):
+        own = {name: value[index] if isinstance(value, list) else value for name, value in changes.items()}
+        joined = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
+        processes.append(start(command(world, workdir, *(joined if count > 1 else []), *flags, **own)))
+    return processes
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Waits for all; returns exit codes and what they wrote on stderr."""
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone")
+    [(code, error)] = ended(launch(1, world, workdir, **SMALL))
+    assert code == 0, error
+    return workdir
+
+
+@pytest.mark.parametrize(("count", "fsdp"), [(2, 2), (4, 2)])
+def test_several_processes_give_the_run_of_one(world, alone, tmp_path, count, fsdp):
+    for code, error in ended(launch(count, world, tmp_path, **SMALL, **{"mesh.fsdp": fsdp})):
+        assert code == 0, error
+    ours, theirs = metrics(tmp_path), metrics(alone)
+    assert [line["step"] for line in ours] == [1, 2, 3], "one process writes, each step once"
+    for line, want in zip(ours, theirs, strict=True):
+        for name in want.keys() - {"images_per_sec", "skipped"}:
+            assert line[name] == pytest.approx(want[name], rel=2e-4), name
+    got, want = (
+        load_file(path / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+        for path in (tmp_path, alone)
+    )
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert (tmp_path / "samples" / "step_000003.png").is_file()
+
+
+def test_what_fails_for_one_process_fails_for_all(world, tmp_path):
+    found = ended(launch(2, world, tmp_path / "run", **SMALL, prompts=["{}/prompts.txt", "{}/missing.txt"]))
+    assert [code for code, _ in found] == [2, 2]
+    assert "missing.txt" in found[1][1].splitlines()[-1]
+    assert found[0][1].splitlines()[-1].startswith("error: process 1: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_of_a_process_is_refused(world, tmp_path):
+    found = ended(launch(2, world, tmp_path / "run", **SMALL, **{"student.lr": [1e-4, 2e-4]}))
+    for code, error in found:
+        assert code == 2
+        assert error.splitlines()[-1] == "error: the configuration of process(es) 1 is not that of process 0"
+
+
+def test_sigterm_to_one_process_stops_all_after_one_step(world, tmp_path):
+    processes = launch(2, world, tmp_path, **{**SMALL, "steps": 100_000, "sample.every": 0})
+    deadline = time.monotonic() + 240
+    while not metrics(tmp_path):
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [code for code, _ in ended(processes)] == [EXIT_PREEMPTED] * 2
+    last = metrics(tmp_path)[-1]["step"]
+    manifest = json.loads((tmp_path / "checkpoints" / str(last) / "manifest.json").read_text())
+    assert manifest["step"] == last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("localhost:1234", 2, None), "--coordinator, --num_processes also needs --process_id"),
+        ((None, None, 0), "--process_id also needs --coordinator, --num_processes"),
+        (("localhost:1234", 2, 2), "--process_id=2 is not below --num_processes=2"),
+    ],
+)
+def test_flags_that_do_not_go_together(arguments, says):
+    with pytest.raises(InputError, match=says):
+        join(*arguments)
