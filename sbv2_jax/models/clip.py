@@ -11,6 +11,7 @@ from flax import nnx
 from sbv2_jax.models.attention import attention
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, Embed, LayerNorm, Linear, shape_only
+from sbv2_jax.models.module import Module
 
 T = TypeVar("T")
 
@@ -147,7 +148,7 @@ class TextOutput(NamedTuple):
     hidden_states: tuple[jax.Array, ...] | None = None
 
 
-class Attention(nnx.Module):
+class Attention(Module):
     """Multi-head self-attention over [B, S, D]."""
 
     def __init__(self, config: _TowerConfig, causal: bool, rngs: nnx.Rngs):
@@ -163,7 +164,7 @@ class Attention(nnx.Module):
         return self.out_proj(out)
 
 
-class MLP(nnx.Module):
+class MLP(Module):
     """The two dense layers of a block."""
 
     def __init__(self, config: _TowerConfig, rngs: nnx.Rngs):
@@ -175,7 +176,7 @@ class MLP(nnx.Module):
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
-class EncoderLayer(nnx.Module):
+class EncoderLayer(Module):
     """One pre-norm transformer block."""
 
     def __init__(self, config: _TowerConfig, causal: bool, rngs: nnx.Rngs):
@@ -189,7 +190,7 @@ class EncoderLayer(nnx.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nnx.Module):
+class Encoder(Module):
     """The blocks; returns the input and every block's output."""
 
     def __init__(self, config: _TowerConfig, causal: bool, rngs: nnx.Rngs):
@@ -202,7 +203,7 @@ class Encoder(nnx.Module):
         return states
 
 
-class TextEmbeddings(nnx.Module):
+class TextEmbeddings(Module):
     """Tokens [B, S] to [B, S, D]."""
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
@@ -216,7 +217,7 @@ class TextEmbeddings(nnx.Module):
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))[None]
 
 
-class TextTransformer(nnx.Module):
+class TextTransformer(Module):
     """The causal text tower."""
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
@@ -236,7 +237,7 @@ class TextTransformer(nnx.Module):
         return TextOutput(last, pooled, tuple(states) if output_hidden_states else None)
 
 
-class CLIPTextModel(nnx.Module):
+class CLIPTextModel(Module):
     """A text encoder of Stable Diffusion: token ids [B, S], int32, to a `TextOutput`."""
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
@@ -246,7 +247,7 @@ class CLIPTextModel(nnx.Module):
         return self.text_model(input_ids, output_hidden_states=output_hidden_states)
 
 
-class CLIPTextModelWithProjection(nnx.Module):
+class CLIPTextModelWithProjection(Module):
     """SDXL's second text encoder: as `CLIPTextModel`, with `pooled` projected to [B, projection_dim]."""
 
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs):
@@ -258,7 +259,7 @@ class CLIPTextModelWithProjection(nnx.Module):
         return out._replace(pooled=self.text_projection(out.pooled))
 
 
-class VisionEmbeddings(nnx.Module):
+class VisionEmbeddings(Module):
     """Pictures [B, H, W, C] to the class token and the patches, row by row: [B, 1 + N, D]."""
 
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
@@ -280,7 +281,7 @@ class VisionEmbeddings(nnx.Module):
         return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))[None]
 
 
-class VisionTransformer(nnx.Module):
+class VisionTransformer(Module):
     """The vision tower: [B, H, W, C] to the normalised class token [B, D]."""
 
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
@@ -295,7 +296,7 @@ class VisionTransformer(nnx.Module):
         return self.post_layernorm(states[-1][:, 0])
 
 
-class CLIPModel(nnx.Module):
+class CLIPModel(Module):
     """Both towers, projected into the space in which the CLIP loss takes the cosine."""
 
     def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sbv2_jax.models.module import Module, NoPytree
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -33,7 +35,7 @@ class LoRAScale(nnx.Variable):
     """The factor on a LoRA's output: a scalar, or one for each sample of the batch [B]."""
 
 
-class LoRA(nnx.Module):
+class LoRA(Module):
     """A low-rank update, `scale * (x @ down) @ up` (Hu et al., 2021, equation 3)."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, rngs: nnx.Rngs):
@@ -46,7 +48,7 @@ class LoRA(nnx.Module):
         return self.up(self.down(x)) * scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
 
 
-class Linear(nnx.Linear):
+class Linear(NoPytree, nnx.Linear):
     """A dense layer that a LoRA can be attached to (`lora.attach`)."""
 
     def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs):
@@ -65,7 +67,7 @@ class Linear(nnx.Linear):
         return y if self.lora is None else y + self.lora(x)
 
 
-class Conv(nnx.Conv):
+class Conv(NoPytree, nnx.Conv):
     """A 2-D convolution over [B, H, W, C] with PyTorch's symmetric padding.
 
     `padding` is in pixels on each side. "SAME" would pad a strided convolution on one side only.
@@ -96,7 +98,7 @@ class Conv(nnx.Conv):
         )
 
 
-class Embed(nnx.Embed):
+class Embed(NoPytree, nnx.Embed):
     """A table of vectors [n, features]."""
 
     def __init__(self, n: int, features: int, rngs: nnx.Rngs):
@@ -104,7 +106,7 @@ class Embed(nnx.Embed):
         self.dtype = None  # nnx sets float32 and would cast bfloat16 parameters to it
 
 
-class GroupNorm(nnx.GroupNorm):
+class GroupNorm(NoPytree, nnx.GroupNorm):
     """Group normalisation with float32 statistics."""
 
     def __init__(self, groups: int, channels: int, epsilon: float, rngs: nnx.Rngs):
@@ -112,7 +114,7 @@ class GroupNorm(nnx.GroupNorm):
         super().__init__(channels, groups, epsilon=epsilon, use_fast_variance=False, **_NORM_INIT, rngs=rngs)
 
 
-class LayerNorm(nnx.LayerNorm):
+class LayerNorm(NoPytree, nnx.LayerNorm):
     """Layer normalisation over the last axis with float32 statistics."""
 
     def __init__(self, channels: int, epsilon: float, rngs: nnx.Rngs):

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear, upsample_nearest
+from sbv2_jax.models.module import Module
 
 
-class ResnetBlock2D(nnx.Module):
+class ResnetBlock2D(Module):
     """Two normalised convolutions around a residual connection, the time embedding added in between.
 
     The default variant of diffusers' `ResnetBlock2D`. A block without `time_channels` takes no embedding.
@@ -44,7 +45,7 @@ class ResnetBlock2D(nnx.Module):
         return shortcut + hidden
 
 
-class Downsample2D(nnx.Module):
+class Downsample2D(Module):
     """Halves height and width by a strided 3x3 convolution.
 
     `padding` is 1 in the UNet; 0 stands for one pixel at the right and at the bottom, as in the autoencoder.
@@ -61,7 +62,7 @@ class Downsample2D(nnx.Module):
         return self.conv(x)
 
 
-class Upsample2D(nnx.Module):
+class Upsample2D(Module):
     """Doubles height and width by repeating pixels, then convolves."""
 
     def __init__(self, channels: int, out_channels: int, rngs: nnx.Rngs):

@@ -9,6 +9,7 @@ from flax import nnx
 
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, upsample_nearest
+from sbv2_jax.models.module import Module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class TinyVAEConfig(ModelConfig):
         return 2 ** (len(self.decoder_block_out_channels) - 1)
 
 
-class Activation(nnx.Module):
+class Activation(Module):
     """An activation that takes a place in a sequence, so that its neighbours are numbered as in PyTorch."""
 
     def __init__(self, name: str):
@@ -73,14 +74,14 @@ class Activation(nnx.Module):
         return ACTIVATIONS[self.name](x)
 
 
-class Upsample(nnx.Module):
+class Upsample(Module):
     """A doubling of height and width that takes a place in a sequence."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return upsample_nearest(x)
 
 
-class AutoencoderTinyBlock(nnx.Module):
+class AutoencoderTinyBlock(Module):
     """Three convolutions with a residual connection around them."""
 
     def __init__(self, channels: int, activation: str, rngs: nnx.Rngs):
@@ -100,7 +101,7 @@ class AutoencoderTinyBlock(nnx.Module):
         return jax.nn.relu(_run(self.conv, x) + x)
 
 
-class EncoderTiny(nnx.Module):
+class EncoderTiny(Module):
     """Images [B, H, W, in_channels] in [-1, 1] to latents [B, h, w, latent_channels]."""
 
     def __init__(self, config: TinyVAEConfig, rngs: nnx.Rngs):
@@ -120,7 +121,7 @@ class EncoderTiny(nnx.Module):
         return _run(self.layers, (x + 1) / 2)
 
 
-class DecoderTiny(nnx.Module):
+class DecoderTiny(Module):
     """Latents [B, h, w, latent_channels] to images [B, H, W, out_channels], meant for [-1, 1]."""
 
     def __init__(self, config: TinyVAEConfig, rngs: nnx.Rngs):
@@ -142,7 +143,7 @@ class DecoderTiny(nnx.Module):
         return _run(self.layers, jnp.tanh(x / 3) * 3) * 2 - 1
 
 
-class AutoencoderTiny(nnx.Module):
+class AutoencoderTiny(Module):
     """A small autoencoder on Stable Diffusion's latents (Ollin Boer Bohan's TAESD)."""
 
     def __init__(self, config: TinyVAEConfig, rngs: nnx.Rngs):

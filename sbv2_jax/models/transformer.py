@@ -6,9 +6,10 @@ from flax import nnx
 
 from sbv2_jax.models.attention import Core, attention
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, LayerNorm, Linear
+from sbv2_jax.models.module import Module
 
 
-class Attention(nnx.Module):
+class Attention(Module):
     """Multi-head attention of [B, N, channels] to itself, or to a context [B, M, context_channels]."""
 
     def __init__(
@@ -33,7 +34,7 @@ class Attention(nnx.Module):
         return self.to_out[0](attention(query, key, value, self.heads, core=self._core))
 
 
-class GEGLU(nnx.Module):
+class GEGLU(Module):
     """A dense layer whose second half gates the first (Shazeer, 2020, equation 6)."""
 
     def __init__(self, channels: int, inner: int, rngs: nnx.Rngs):
@@ -44,14 +45,14 @@ class GEGLU(nnx.Module):
         return value * ACTIVATIONS["gelu"](gate)
 
 
-class Dropout(nnx.Module):
+class Dropout(Module):
     """Dropout at rate 0: it only keeps the next layer's index in its list the one of the checkpoint."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x
 
 
-class FeedForward(nnx.Module):
+class FeedForward(Module):
     """The gated feed-forward layer, four times as wide inside."""
 
     def __init__(self, channels: int, rngs: nnx.Rngs):
@@ -64,7 +65,7 @@ class FeedForward(nnx.Module):
         return x
 
 
-class BasicTransformerBlock(nnx.Module):
+class BasicTransformerBlock(Module):
     """Pre-norm self-attention, cross-attention and feed-forward, each with a residual."""
 
     def __init__(
@@ -90,7 +91,7 @@ class BasicTransformerBlock(nnx.Module):
         return x + self.ff(self.norm3(x))
 
 
-class Transformer2DModel(nnx.Module):
+class Transformer2DModel(Module):
     """Transformer blocks over the pixels of [B, H, W, C], between two projections, with a residual."""
 
     def __init__(

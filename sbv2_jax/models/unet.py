@@ -10,6 +10,7 @@ from flax import nnx
 from sbv2_jax.models.attention import Core
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear, sinusoidal_embedding
+from sbv2_jax.models.module import Module
 from sbv2_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from sbv2_jax.models.transformer import Transformer2DModel
 
@@ -137,7 +138,7 @@ class AddedConditions(NamedTuple):
     time_ids: jax.Array
 
 
-class TimestepEmbedding(nnx.Module):
+class TimestepEmbedding(Module):
     """Two dense layers over an embedding."""
 
     def __init__(self, in_features: int, features: int, activation: str, rngs: nnx.Rngs):
@@ -174,7 +175,7 @@ def _transformer(config: UNetConfig, level: int, core: Core | None, rngs: nnx.Rn
     )
 
 
-class _Block(nnx.Module):
+class _Block(Module):
     """What the down, mid and up blocks share: resnets and, where the block attends, transformers."""
 
     def __init__(self, execution: Execution):
@@ -271,7 +272,7 @@ class UpBlock(_Block):
         return x, skips[: -len(self.resnets)]
 
 
-class UNet2DConditionModel(nnx.Module):
+class UNet2DConditionModel(Module):
     """Predicts epsilon or v from noisy latents, timesteps and text."""
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs, *, execution: Execution = PLAIN):

@@ -10,6 +10,7 @@ from flax import nnx
 from sbv2_jax.models.attention import attention
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear
+from sbv2_jax.models.module import Module
 from sbv2_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 # diffusers fixes it for the whole autoencoder; the UNet's is another.
@@ -68,7 +69,7 @@ class VAEConfig(ModelConfig):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-class Attention(nnx.Module):
+class Attention(Module):
     """Single-head self-attention over the pixels, with its normalisation and residual connection."""
 
     def __init__(self, channels: int, groups: int, rngs: nnx.Rngs):
@@ -87,7 +88,7 @@ class Attention(nnx.Module):
         return x + self.to_out[0](hidden).reshape(x.shape)
 
 
-class DownEncoderBlock2D(nnx.Module):
+class DownEncoderBlock2D(Module):
     """Residual blocks, then a halving of the resolution unless the block is the last."""
 
     def __init__(
@@ -106,7 +107,7 @@ class DownEncoderBlock2D(nnx.Module):
         return x
 
 
-class UpDecoderBlock2D(nnx.Module):
+class UpDecoderBlock2D(Module):
     """Residual blocks, one more than in the encoder, then a doubling of the resolution unless the last."""
 
     def __init__(
@@ -123,7 +124,7 @@ class UpDecoderBlock2D(nnx.Module):
         return x
 
 
-class UNetMidBlock2D(nnx.Module):
+class UNetMidBlock2D(Module):
     """Two residual blocks with attention in between, where the configuration has it."""
 
     def __init__(self, config: VAEConfig, rngs: nnx.Rngs):
@@ -140,7 +141,7 @@ class UNetMidBlock2D(nnx.Module):
         return x
 
 
-class Encoder(nnx.Module):
+class Encoder(Module):
     """Images [B, H, W, in_channels] to mean and log-variance, [B, h, w, 2 * latent_channels]."""
 
     def __init__(self, config: VAEConfig, rngs: nnx.Rngs):
@@ -166,7 +167,7 @@ class Encoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class Decoder(nnx.Module):
+class Decoder(Module):
     """Latents [B, h, w, latent_channels] to images [B, H, W, out_channels]."""
 
     def __init__(self, config: VAEConfig, rngs: nnx.Rngs):
@@ -190,7 +191,7 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(nnx.Module):
+class AutoencoderKL(Module):
     """The autoencoder of latent diffusion (Rombach et al., 2022), on latents that are not scaled."""
 
     def __init__(self, config: VAEConfig, rngs: nnx.Rngs):
