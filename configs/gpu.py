@@ -17,7 +17,8 @@ def get_config(argument: str = "") -> ConfigDict:
     chosen = words(argument, "lora", "runlocal")
     config = stable_diffusion_21(lora="lora" in chosen)
     config.accumulate = 4
-    config.mesh.fsdp = -1  # on one GPU of 80 GB nothing is split
+    config.mesh.fsdp = -1
+    config.remat = "auto"
     if "runlocal" in chosen:
         shrink(config)
     return config

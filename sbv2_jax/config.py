@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from sbv2_jax.errors import InputError
 from sbv2_jax.fields import Check, check_fields, either, number, one_of, regex, rules, strings, text, whole
 
-# Fields that a resumed run may change freely: they do not alter the numbers of a step already taken.
-MAY_CHANGE = ("steps", "checkpoint", "sample", "mesh", "attention", "programs", "student.lora.init")
+# Fields that a resumed run may change freely: they alter no number of a step by more than rounding.
+MAY_CHANGE = ("steps", "checkpoint", "sample", "mesh", "remat", "attention", "programs", "student.lora.init")
 
 # Which leaves are split over which axes: see `config.mesh.rules` and `sharding.py`.
 DEFAULT_RULES = (
@@ -67,7 +67,7 @@ FIELDS: dict[str, Check] = {
     "mesh.fsdp": either(-1, whole(1)),
     "mesh.rules": rules,
     "precision": one_of("float32", "bfloat16"),
-    "remat": one_of("none", "block"),
+    "remat": one_of("none", "block", "auto"),
     "attention": one_of("auto", "xla"),
     "programs": one_of("one", "stages"),
     "checkpoint.every": whole(1),
@@ -156,7 +156,9 @@ def default_config() -> ConfigDict:
     config.precision = "float32"  # of the networks' arithmetic: "float32" or "bfloat16"; masters stay float32
     config.attention = "auto"  # TPU's splash kernel, cuDNN's on a GPU, else XLA; "xla" is XLA everywhere
     config.programs = "one"  # "stages" compiles the step in parts: in less memory, and side by side
-    config.remat = "none"  # "block" recomputes each block in the backward pass to save memory
+    config.remat = (
+        "none"  # "block" recomputes each block in the backward pass to save memory; "auto" if need be
+    )
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 500  # steps between checkpoints

@@ -1,5 +1,6 @@
 """An estimate, before anything is compiled, of the memory that a run takes of each device."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -15,36 +16,45 @@ from sbv2_jax.sharding import AXES, Layout, bytes_per_device
 from sbv2_jax.steps import generate
 from sbv2_jax.tree import nbytes
 
+GIB = 2**30
 # What the compiler's own temporaries and fragmentation leave of a device.
 USABLE = 0.85
 # A block that is computed again makes about so many arrays of the size of its input.
 _ARRAYS_OF_A_BLOCK = 32
 
 
-def choose_fsdp(config: ConfigDict, parts: Parts, device_count: int, memory: float | None) -> ConfigDict:
-    """Returns the configuration with `mesh.fsdp` = -1 made the smallest power of two that is estimated to fit.
+def fit(config: ConfigDict, parts: Parts, device_count: int, memory: float | None) -> ConfigDict:
+    """Returns the configuration with `mesh.fsdp` = -1 and `remat` = "auto" settled, by the estimate.
 
-    `memory` is that of one device in bytes; None, of a CPU, fits everything. Raises InputError, with the
-    estimate, where even all devices of a replica are too few.
+    The weights are split over as few devices as possible, a power of two, and activations recomputed only where
+    that is needed for it. `memory` is that of one device in bytes; None, of a CPU, fits everything.
+    Raises InputError, with the estimate, where nothing fits.
     """
-    if config.mesh.fsdp != -1:
+    if config.mesh.fsdp != -1 and config.remat != "auto":
         return config
-    run, of_a_replica, fsdp = assemble(config, parts), device_count // config.mesh.replica, 1
+    of_a_replica = device_count // config.mesh.replica
+    splits = [2**power for power in range(of_a_replica.bit_length()) if of_a_replica % 2**power == 0]
+    remats = ("none", "block") if config.remat == "auto" else (config.remat,)
+    if config.mesh.fsdp != -1:
+        splits = [config.mesh.fsdp]
     config = config.copy_and_resolve_references()
-    while True:
-        config.mesh.fsdp = fsdp
+    runs: dict[str, tuple[Run, float]] = {}
+    for fsdp, remat in itertools.product(splits, remats):
+        config.mesh.fsdp, config.remat = fsdp, remat
         if memory is None:
             return config
-        wanted = estimate(config, run, AbstractMesh(check_mesh(config, device_count), AXES))
+        if remat not in runs:
+            run = assemble(config, parts)
+            runs[remat] = run, activations(run, remat=remat == "block")
+        mesh = AbstractMesh(check_mesh(config, device_count), AXES)
+        wanted = estimate(config, *runs[remat], mesh)
         if wanted <= USABLE * memory:
-            logging.info("config.mesh.fsdp = -1 is %d here: %.1f GiB a device", fsdp, wanted / 2**30)
+            logging.info("fsdp %d, remat %r: %.1f GiB a device by the estimate", fsdp, remat, wanted / GIB)
             return config
-        if of_a_replica % (2 * fsdp):
-            raise InputError(
-                f"config.mesh.fsdp = -1: even fsdp = {fsdp} is estimated to take {wanted / 2**30:.1f} GiB of a device "
-                f"with {memory / 2**30:.1f}: raise config.accumulate, or set config.remat = 'block'"
-            )
-        fsdp *= 2
+    raise InputError(
+        f"even with config.mesh.fsdp = {fsdp} and config.remat = {remat!r} the run is estimated to "
+        f"take {wanted / GIB:.1f} GiB of a device, which has {memory / GIB:.1f}: raise config.accumulate"
+    )
 
 
 def device_memory() -> float | None:
@@ -53,10 +63,10 @@ def device_memory() -> float | None:
     return stats.get("bytes_limit")
 
 
-def estimate(config: ConfigDict, run: Run, mesh: AbstractMesh) -> float:
+def estimate(config: ConfigDict, run: Run, of_an_image: float, mesh: AbstractMesh) -> float:
     """Returns the bytes on each device: state, frozen networks, gradients, and the activations of one pass.
 
-    It counts the student's backward pass, the largest part of a step.
+    It counts the student's backward pass, the largest part of a step; `of_an_image` is from `activations`.
     """
     layout = Layout(mesh, config.mesh.rules, run.state_shapes, run.frozen_shapes)
     held = bytes_per_device(run.state_shapes, layout.state) + bytes_per_device(
@@ -65,7 +75,7 @@ def estimate(config: ConfigDict, run: Run, mesh: AbstractMesh) -> float:
     # Gradients, and new weights while the old ones are still there.
     updates = 2 * bytes_per_device(run.state_shapes.student, layout.state.student)
     images = config.batch_size / (config.accumulate * mesh.size)
-    return held + updates + images * activations(run, remat=config.remat == "block")
+    return held + updates + images * of_an_image
 
 
 def activations(run: Run, *, remat: bool) -> float:

@@ -20,7 +20,7 @@ from sbv2_jax.data.prompts import PromptSource, open_prompts, prompt_batches
 from sbv2_jax.errors import InputError
 from sbv2_jax.export import export_student
 from sbv2_jax.log import MetricsLog
-from sbv2_jax.memory import choose_fsdp, device_memory
+from sbv2_jax.memory import device_memory, fit
 from sbv2_jax.models import attention
 from sbv2_jax.parts import read_parts
 from sbv2_jax.preemption import EXIT_PREEMPTED, Preemption
@@ -126,7 +126,7 @@ class Prepared(NamedTuple):
 def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     """Reads all that can be wrong with a run's input, writes nothing, and logs what each sharding rule matches."""
     parts = read_parts(config)
-    config = choose_fsdp(config, parts, jax.device_count(), device_memory())
+    config = fit(config, parts, jax.device_count(), device_memory())
     mesh = make_mesh(*check_mesh(config, jax.device_count()))
     core = attention.choose(mesh, DTYPES[config.precision]) if config.attention == "auto" else None
     run = assemble(config, parts, core)

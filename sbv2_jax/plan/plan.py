@@ -13,7 +13,7 @@ from sbv2_jax.assemble import DTYPES, Run, assemble
 from sbv2_jax.compilation import abstract_batch, compile_step
 from sbv2_jax.config import check_mesh, validate
 from sbv2_jax.errors import InputError
-from sbv2_jax.memory import choose_fsdp
+from sbv2_jax.memory import fit
 from sbv2_jax.models import attention
 from sbv2_jax.parts import read_parts
 from sbv2_jax.plan.flops import count_flops
@@ -84,7 +84,7 @@ def compile_for(config: ConfigDict, topology: str, *, workers: int = 1) -> Plan:
     validate(config)
     chip, devices = devices_of(topology)
     parts = read_parts(config, dry_run=True)
-    config = choose_fsdp(config, parts, len(devices), chip.usable)
+    config = fit(config, parts, len(devices), chip.usable)
     mesh = make_mesh(*check_mesh(config, len(devices)), devices)
     core = attention.choose(mesh, DTYPES[config.precision]) if config.attention == "auto" else None
     run = assemble(config, parts, core)
@@ -121,7 +121,7 @@ def step_flops(config: ConfigDict, run: Run) -> float:
 def remedies(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
     """Yields, one upon the other, changes of a configuration that take less memory, the cheapest in time first."""
     changes: dict[str, Any] = {}
-    if config.remat == "none":
+    if config.remat != "block":
         changes["remat"] = "block"
         yield dict(changes)
     accumulate, fsdp = config.accumulate, max(config.mesh.fsdp, 1)
