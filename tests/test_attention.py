@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative_error
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sbv2_jax.models import attention
 from sbv2_jax.models.attention import Splash, cudnn, xla
+from sbv2_jax.plan.topologies import devices_of
 from sbv2_jax.sharding import make_mesh
 
 
@@ -81,3 +83,22 @@ def test_cudnn_is_asked_only_for_what_it_takes(rng, monkeypatch):
 
 def test_a_cpu_keeps_to_xla():
     assert attention.choose(make_mesh(1, 1, 1, jax.devices()[:1]), jnp.bfloat16) is None
+
+
+def test_on_a_tpu_splash_keeps_no_scores():
+    """By the real compiler, of forward and backward at 4,096 tokens, as in Stable Diffusion at 512 px."""
+    mesh = make_mesh(1, 4, 1, devices_of("v4:2x2x1")[1])
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    x = jax.ShapeDtypeStruct((4, 4096, 5, 64), jnp.bfloat16, sharding=split)
+
+    def temporaries(core):
+        def loss(*args):
+            return jnp.sum(core(*args).astype(jnp.float32) ** 2)
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=(split,) * 3).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    core = attention.choose(mesh, jnp.bfloat16)
+    assert core == Splash(mesh)
+    ours, theirs = temporaries(core), temporaries(xla)
+    assert theirs > 300 and ours < theirs / 10, (ours, theirs)
