@@ -51,10 +51,9 @@ def compile_row(row: tuple) -> dict:
     from sbv2_jax.plan.topologies import GIB
 
     architecture, pixels, topology, batch, fsdp = row
-    config = stable_diffusion_21(lora=False)
-    config.update(architecture=architecture, resolution=pixels, batch_size=batch, programs="stages")
+    config = stable_diffusion_21("", {"batch_size": batch, "mesh.fsdp": fsdp})
+    config.update(architecture=architecture, resolution=pixels, programs="stages")
     config.student.init = "teacher"
-    config.mesh.fsdp = fsdp
     start = time.monotonic()
     plan = compile_for(config, topology)
     estimate = step_time(plan) if plan.fits else None

@@ -1,4 +1,4 @@
-"""Distils Stable Diffusion 2.1 at 512 px on one large GPU, or several: bfloat16, accumulated batches.
+"""Distils Stable Diffusion 2.1 at 512 px on one large GPU, or several: bfloat16, as much split and recomputed as need be.
 
 python launch/train.py --config=configs/gpu.py --workdir=runs/sd21 \
     --config.teacher=DIR --config.student.init=DIR --config.prompts=FILE
@@ -8,17 +8,9 @@ python launch/train.py --config=configs/gpu.py:runlocal --workdir=/tmp/sd21    (
 
 from ml_collections import ConfigDict
 
-from sbv2_jax.config import shrink, stable_diffusion_21
-from sbv2_jax.fields import words
+from sbv2_jax.config import stable_diffusion_21
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Returns the run; `argument` holds "lora" (the second training), "runlocal" (shrunk), or both."""
-    chosen = words(argument, "lora", "runlocal")
-    config = stable_diffusion_21(lora="lora" in chosen)
-    config.accumulate = 4
-    config.mesh.fsdp = -1
-    config.remat = "auto"
-    if "runlocal" in chosen:
-        shrink(config)
-    return config
+    """Returns the run; `argument` as in `stable_diffusion_21`."""
+    return stable_diffusion_21(argument, {"accumulate": 4, "mesh.fsdp": -1, "remat": "auto"})

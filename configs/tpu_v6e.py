@@ -8,16 +8,10 @@ python launch/train.py --config=configs/tpu_v6e.py:runlocal --workdir=/tmp/sd21 
 
 from ml_collections import ConfigDict
 
-from sbv2_jax.config import shrink, stable_diffusion_21
-from sbv2_jax.fields import words
+from sbv2_jax.config import stable_diffusion_21
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Returns the run; `argument` holds "lora" (the second training), "runlocal" (shrunk), or both."""
-    chosen = words(argument, "lora", "runlocal")
-    config = stable_diffusion_21(lora="lora" in chosen)
-    config.batch_size = 128  # one image a chip on 128 of them
-    config.mesh.fsdp = 4
-    if "runlocal" in chosen:
-        shrink(config)
-    return config
+    """Returns the run; `argument` as in `stable_diffusion_21`."""
+    # One image a chip on 128 of them.
+    return stable_diffusion_21(argument, {"batch_size": 128, "mesh.fsdp": 4})

@@ -3,12 +3,25 @@
 Nothing here imports jax: a bad field is an error before any device is touched.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from sbv2_jax.errors import InputError
-from sbv2_jax.fields import Check, check_fields, either, number, one_of, regex, rules, strings, text, whole
+from sbv2_jax.fields import (
+    Check,
+    check_fields,
+    either,
+    number,
+    one_of,
+    regex,
+    rules,
+    strings,
+    text,
+    whole,
+    words,
+)
 
 # Fields that a resumed run may change freely: they alter no number of a step by more than rounding.
 MAY_CHANGE = ("steps", "checkpoint", "sample", "mesh", "remat", "attention", "programs", "student.lora.init")
@@ -170,12 +183,15 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-def stable_diffusion_21(lora: bool) -> ConfigDict:
-    """Returns the paper's main run, to be fitted to a machine: SD 2.1 base at 512 px, from SD-Turbo.
+def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict:
+    """Returns the paper's main run on a machine: SD 2.1 base at 512 px, from SD-Turbo.
 
-    `lora` is the second training, a LoRA with the CLIP loss; the first one trains all weights.
-    The directories are where a user is expected to put the checkpoints; a hub id may stand for each.
+    `argument` is a config file's: "lora" is the second training, a LoRA with the CLIP loss (the first one trains
+    all weights), "runlocal" shrinks either to a minute on a laptop; both are joined by a comma. `machine` holds
+    the fields that fit the run to it. The directories are where a user is expected to put the checkpoints; a
+    hub id may stand for each.
     """
+    chosen = words(argument, "lora", "runlocal")
     config = default_config()
     config.teacher = "checkpoints/stable-diffusion-2-1-base"
     config.architecture = "sd21-base"
@@ -184,12 +200,15 @@ def stable_diffusion_21(lora: bool) -> ConfigDict:
     config.prompts = "data/prompts.txt"
     config.precision = "bfloat16"
     config.remat = "block"
-    if lora:
+    if "lora" in chosen:
         config.student.mode = "lora"
         config.student.lr = 1e-3
         config.clip.model = "checkpoints/clip-vit-base-patch32"
         config.clip.decoder = "checkpoints/taesd"
         config.clip.weight = 0.1
+    config.update_from_flattened_dict(machine)
+    if "runlocal" in chosen:
+        shrink(config)
     return config
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_train import command, metrics, start
-from tiny_pipeline import write_pipeline
+from tiny_pipeline import write_world
 
 from sbv2_jax.errors import InputError
 from sbv2_jax.preemption import EXIT_PREEMPTED
@@ -22,10 +22,7 @@ SMALL = {"steps": 3, "sample.every": 3, "checkpoint.every": 3}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("world")
-    write_pipeline(directory)
-    (directory / "prompts.txt").write_text("a red apple\na dog\nred dog\napple\nan apple\n")
-    return directory
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def launch(count: int, world: Path, workdir: Path, *flags: str, **changes) -> list[subprocess.Popen]:

@@ -14,7 +14,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from parity import nchw
 from PIL import Image
-from tiny_pipeline import write_pipeline
+from tiny_pipeline import write_world
 
 import sbv2_jax
 from sbv2_jax import checkpoint, lora
@@ -41,10 +41,7 @@ LORA = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A directory with a pipeline and prompts."""
-    directory = tmp_path_factory.mktemp("world")
-    write_pipeline(directory)
-    (directory / "prompts.txt").write_text("a red apple\na dog\nred dog\napple\nan apple\n")
-    return directory
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def fields(world: Path, changes: dict[str, object]) -> dict[str, object]:

@@ -116,6 +116,13 @@ def write_pipeline(
     return path
 
 
+def write_world(directory: Path) -> Path:
+    """Writes a pipeline and a file of prompts; returns the directory."""
+    write_pipeline(directory)
+    (directory / "prompts.txt").write_text("a red apple\na dog\nred dog\napple\nan apple\n")
+    return directory
+
+
 def write_one_step(directory: Path) -> Path:
     """Writes the pipeline of `write_pipeline` as one that draws in one step; returns its directory."""
     path = directory / "one_step"
