@@ -1,4 +1,4 @@
-"""Distils Stable Diffusion 2.1 at 512 px on one large GPU, or several: bfloat16, as much split and recomputed as need be.
+"""Distils Stable Diffusion 2.1 at 512 px on one large GPU, or several: bfloat16, split and recomputed as need be.
 
 python launch/train.py --config=configs/gpu.py --workdir=runs/sd21 \
     --config.teacher=DIR --config.student.init=DIR --config.prompts=FILE
