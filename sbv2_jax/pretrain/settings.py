@@ -111,7 +111,7 @@ def default_config() -> ConfigDict:
     config.clip.update(text_width=128, text_layers=3, text_heads=2, projection=96, twins=4)
     config.clip.update(vision_width=128, vision_layers=4, vision_heads=4, patch=8)
 
-    config.unet = _training(steps=6000, batch_size=64, lr=1.5e-3, ema=0.999, checkpoint_every=250)
+    config.unet = _training(steps=5000, batch_size=64, lr=1.5e-3, ema=0.999, checkpoint_every=250)
     config.unet.widths = (96, 160)
     config.unet.layers = 1
     config.unet.heads = 4
