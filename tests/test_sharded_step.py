@@ -81,7 +81,7 @@ def test_the_batch_is_split_over_both_axes(found):
 
 def test_large_leaves_of_the_state_are_held_in_parts_and_small_ones_whole(found):
     """Weights, both moments and the average: bytes on one device over bytes in all, of what can be split."""
-    for mesh, parts in (("2x4", 4), ("8x1", 1), ("1x8", 8)):
+    for mesh, parts in (("1x2x4", 4), ("1x8x1", 1), ("1x1x8", 8), ("2x2x2", 2)):
         held = found["held"][mesh]
         assert held["large"] == pytest.approx(1 / parts), mesh
         assert held["small"] == 1.0
