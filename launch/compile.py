@@ -5,6 +5,8 @@ python launch/compile.py --config=configs/tpu_v4.py --topology=v4:2x2x4
 Exit code 1 where it does not fit, with what would make it fit; that too was compiled.
 """
 
+import os
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -21,6 +23,8 @@ _WORKERS = flags.DEFINE_integer(
 
 
 def main() -> int:
+    # No device is used here; libtpu would look for TPUs, and complain.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # jax is loaded only once the flags are right
     from sbv2_jax.compilation import use_cache
     from sbv2_jax.plan.plan import changed, compile_for, remedies

@@ -68,6 +68,6 @@ def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
     except Exception as error:  # noqa: BLE001 (libtpu raises what it likes)
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"topology {topology!r} cannot be had (pip install libtpu gives the compiler): {reason}"
+            f"topology {topology!r} cannot be had (pip install jax[tpu] gives the compiler): {reason}"
         ) from error
     return chip, list(found.devices)
