@@ -181,8 +181,8 @@ def tiny(world: Path, **changes):
     return config
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_a_step_compiles_for_each_generation(world, topology):
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v6e:2x2"])
+def test_a_step_compiles_for_a_topology(world, topology):
     found = plan.compile_for(tiny(world), topology)
     assert found.fits and found.devices == 4 and found.mesh == {"replica": 1, "data": 2, "fsdp": 2}
     assert found.peak == max(program.need.total for program in found.programs.values())

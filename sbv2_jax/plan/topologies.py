@@ -54,11 +54,12 @@ def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
             f"unknown topology {topology!r}: expected GENERATION:AxB or AxBxC, of {', '.join(CHIPS)}, such as v4:2x2x4"
         )
     chip = CHIPS[match[1]]
-    # Without these libtpu looks for the machine that it should run on.
+    # Without these libtpu looks for the machine that it should run on, and for a device of its own.
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("TPU_ACCELERATOR_TYPE", "v4-8"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
     ):
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
