@@ -257,7 +257,7 @@ def test_the_command_says_what_is_wrong_in_one_line_with_exit_code_2(world, tmp_
 
 def test_a_run_of_another_configuration_is_refused_unless_forced(world, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
-    changed = command(world, tmp_path / "run", **{"vsd.guidance": 2.0, "steps": STEPS + 1})
+    changed = command(world, tmp_path / "run", **{"vsd.guidance": 2.5, "steps": STEPS + 1})
     code, _, err = run(changed)
     assert code == 2 and "vsd.guidance" in err and err.count("\n") == 1
     code, _, err = run([*changed, "--force"])
