@@ -48,7 +48,7 @@ def compile_row(row: tuple) -> dict:
     from sbv2_jax.config import stable_diffusion_21
     from sbv2_jax.plan.cost import step_time
     from sbv2_jax.plan.plan import compile_for
-    from sbv2_jax.plan.topologies import GIB
+    from sbv2_jax.tree import GIB
 
     architecture, pixels, topology, batch, fsdp = row
     config = stable_diffusion_21("", {"batch_size": batch, "mesh.fsdp": fsdp})

@@ -5,6 +5,7 @@ python launch/compile.py --config=configs/tpu_v4.py --topology=v4:2x2x4
 Exit code 1 where it does not fit, with what would make it fit; that too was compiled.
 """
 
+import functools
 import os
 
 from absl import flags
@@ -13,7 +14,9 @@ from ml_collections import config_flags
 from sbv2_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: FILE.py or FILE.py:ARGUMENT.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "GENERATION:AxBxC, such as v4:2x2x4 or v5e:4x4.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "GENERATION:AxBxC, such as v4:2x2x4 or v5e:4x4; v4:2x2x4*2 is two slices."
+)
 _ADVICE = flags.DEFINE_boolean(
     "advice", True, "Where it does not fit, compile what takes less until one does."
 )
@@ -26,22 +29,20 @@ def main() -> int:
     # No device is used here; libtpu would look for TPUs, and complain.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # jax is loaded only once the flags are right
-    from sbv2_jax.compilation import use_cache
-    from sbv2_jax.plan.plan import changed, compile_for, remedies
+    from sbv2_jax.cache import use_cache
+    from sbv2_jax.plan.advice import advise
+    from sbv2_jax.plan.plan import compile_for
     from sbv2_jax.plan.report import text_of
 
     use_cache()
-    plan = compile_for(_CONFIG.value, _TOPOLOGY.value, workers=_WORKERS.value)
+    compiled = functools.partial(compile_for, topology=_TOPOLOGY.value, workers=_WORKERS.value)
+    plan = compiled(_CONFIG.value)
     print(text_of(plan), flush=True)
     if plan.fits:
         return 0
-    for changes in remedies(_CONFIG.value, plan.devices) if _ADVICE.value else ():
+    for changes, plan in advise(_CONFIG.value, plan.devices, compiled) if _ADVICE.value else ():
         overrides = " ".join(f"--config.{name}={value}" for name, value in changes.items())
-        print(f"\nwith {overrides}:", flush=True)
-        plan = compile_for(changed(_CONFIG.value, changes), _TOPOLOGY.value, workers=_WORKERS.value)
-        print(text_of(plan), flush=True)
-        if plan.fits:
-            break
+        print(f"\nwith {overrides}:\n{text_of(plan)}", flush=True)
     return 1
 
 

@@ -22,8 +22,11 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time."
 
 
 def main() -> None:
-    from sbv2_jax.draw import draw  # jax is loaded only once the flags are right
+    # jax is loaded only once the flags are right
+    from sbv2_jax.cache import use_cache
+    from sbv2_jax.draw import draw
 
+    use_cache()
     draw(
         _MODEL.value,
         _OUT.value,

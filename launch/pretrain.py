@@ -19,8 +19,10 @@ flags.DEFINE_string("workdir", None, "where checkpoints, logs, pictures and the 
 def main() -> None:
     config = flags.FLAGS.config
     validate(config)
+    from sbv2_jax.cache import use_cache
     from sbv2_jax.pretrain.run import pretrain
 
+    use_cache()
     # The model card tells how to make the same pipeline, wherever this one was made.
     command = shlex.join(["python", "launch/pretrain.py", *_without_workdir(sys.argv[1:]), "--workdir=DIR"])
     print(f"wrote {pretrain(config, flags.FLAGS.workdir, command)}")

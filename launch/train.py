@@ -21,7 +21,7 @@ _FORCE = flags.DEFINE_boolean("force", False, "Resume in spite of a changed conf
 def main() -> int:
     # jax is loaded only once the flags are right
     from sbv2_jax import processes
-    from sbv2_jax.compilation import use_cache
+    from sbv2_jax.cache import use_cache
     from sbv2_jax.train import train
 
     use_cache()

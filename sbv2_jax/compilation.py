@@ -1,17 +1,20 @@
-"""The training step as compiled programs, and the cache that keeps them between runs."""
+"""A run laid out on its devices, and its training step as compiled programs."""
 
 import functools
-import os
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from sbv2_jax.assemble import Run
+from sbv2_jax.assemble import DTYPES, Run, assemble
+from sbv2_jax.config import check_mesh
+from sbv2_jax.memory import fit
+from sbv2_jax.models import attention
+from sbv2_jax.parts import Parts
 from sbv2_jax.programs import Separate
-from sbv2_jax.sharding import Layout, batch_sharding
+from sbv2_jax.sharding import Layout, batch_sharding, make_mesh
 from sbv2_jax.steps import Batch
 from sbv2_jax.train_step import TrainStep, make_train_step
 
@@ -19,15 +22,19 @@ from sbv2_jax.train_step import TrainStep, make_train_step
 WORKERS = 2
 
 
-def use_cache() -> None:
-    """Keeps compiled programs on the disk, unless JAX was already told where, or not to.
+def lay_out(
+    config: ConfigDict, parts: Parts, devices: Sequence[jax.Device], memory: float | None
+) -> tuple[ConfigDict, Run, Layout]:
+    """Returns the configuration with nothing left open, and the networks and the layout of its run.
 
-    They go to `$XDG_CACHE_HOME/sbv2_jax` or `~/.cache/sbv2_jax`; JAX's own `JAX_COMPILATION_CACHE_DIR` names
-    another place, and `JAX_ENABLE_COMPILATION_CACHE=0` turns it off.
+    `memory` is that of one device in bytes, or None where it is not known.
+    Raises InputError where the run cannot be laid out on these devices.
     """
-    if jax.config.jax_compilation_cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sbv2_jax"))
+    config = fit(config, parts, len(devices), memory)
+    mesh = make_mesh(*check_mesh(config, len(devices)), devices)
+    core = attention.choose(mesh, DTYPES[config.precision]) if config.attention == "auto" else None
+    run = assemble(config, parts, core)
+    return config, run, Layout(mesh, config.mesh.rules, run.state_shapes, run.frozen_shapes)
 
 
 def compile_step(
@@ -53,8 +60,7 @@ def compile_step(
         )
     else:
         step = make(programs)
-    state, frozen = layout.abstract()
-    step(state, frozen, abstract_batch(config.batch_size, run, batch_sharding(layout.mesh)))
+    step(*layout.abstract, abstract_batch(config.batch_size, run, batch_sharding(layout.mesh)))
     programs.compiled()
     return step, programs
 

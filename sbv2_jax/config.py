@@ -170,7 +170,7 @@ def default_config() -> ConfigDict:
     config.attention = "auto"  # TPU's splash kernel, cuDNN's on a GPU, else XLA; "xla" is XLA everywhere
     config.programs = "one"  # "stages" compiles the step in parts: in less memory, and side by side
     config.remat = (
-        "none"  # "block" recomputes each block in the backward pass to save memory; "auto" if need be
+        "none"  # "block" computes each block again in the backward pass; "auto" where memory asks for it
     )
 
     config.checkpoint = ConfigDict()

@@ -14,9 +14,8 @@ from sbv2_jax.errors import InputError
 from sbv2_jax.parts import Parts
 from sbv2_jax.sharding import AXES, Layout, bytes_per_device
 from sbv2_jax.steps import generate
-from sbv2_jax.tree import nbytes
+from sbv2_jax.tree import GIB, nbytes
 
-GIB = 2**30
 # What the compiler's own temporaries and fragmentation leave of a device.
 USABLE = 0.85
 # A block that is computed again makes about so many arrays of the size of its input.

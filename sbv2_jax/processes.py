@@ -13,7 +13,7 @@ from sbv2_jax.errors import InputError
 
 _MESSAGE_BYTES = 1000
 # What the launchers that JAX can read set for each process of several.
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def join(coordinator: str | None, count: int | None, index: int | None, *, pod: bool = False) -> None:

@@ -7,9 +7,7 @@ from ml_collections import ConfigDict
 from sbv2_jax.assemble import Run
 from sbv2_jax.config import check_mesh, planned_devices
 from sbv2_jax.sharding import AXES, Layout, bytes_per_device
-from sbv2_jax.tree import count, nbytes
-
-_GIB = 2**30
+from sbv2_jax.tree import GIB, count, nbytes
 
 
 def dry_run(config: ConfigDict, run: Run) -> str:
@@ -47,8 +45,8 @@ def dry_run(config: ConfigDict, run: Run) -> str:
         on_device = bytes_per_device(tree, placed)
         total += on_device
         parameters = f"{count(tree):,}" if isinstance(tree, dict) else ""
-        lines.append(f"{name:<24}{parameters:>16}{nbytes(tree) / _GIB:>10.3f}{on_device / _GIB:>14.3f}")
-    lines += [f"{'total a device':<50}{total / _GIB:>14.3f}", "", "sharding rules, first match wins:"]
+        lines.append(f"{name:<24}{parameters:>16}{nbytes(tree) / GIB:>10.3f}{on_device / GIB:>14.3f}")
+    lines += [f"{'total a device':<50}{total / GIB:>14.3f}", "", "sharding rules, first match wins:"]
     for (pattern, strategy), leaves in zip(layout.rules, layout.matches().values(), strict=True):
         lines.append(f"  {strategy:<10} {leaves:>6} leaves  {pattern}")
     lines += ["", "the largest leaves of the student:"]

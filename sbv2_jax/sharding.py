@@ -33,28 +33,20 @@ Rules = Sequence[tuple[str, str]]
 def make_mesh(replica: int, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of replica x data x fsdp devices, 1 x 1 x 1 on a laptop.
 
-    With several replicas each is one slice of a TPU, or else one process.
+    Where the devices are of several slices of a TPU, each replica is made of whole ones.
     """
     devices = jax.devices() if devices is None else devices
     # Auto axes: explicit ones refuse a convolution with a sharded kernel.
     types = (AxisType.Auto,) * len(AXES)
-    if replica == 1 or len({_granule(device) for device in devices}) == 1:
+    # CPUs and GPUs have no such attribute, and the devices of a topology alone have None.
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    if replica == 1 or len(slices) == 1:
         return jax.make_mesh((replica, data, fsdp), AXES, axis_types=types, devices=devices)
     try:
-        grid = mesh_utils.create_hybrid_device_mesh(
-            (1, data, fsdp),
-            (replica, 1, 1),
-            devices,
-            process_is_granule=not hasattr(devices[0], "slice_index"),
-        )
+        grid = mesh_utils.create_hybrid_device_mesh((1, data, fsdp), (replica, 1, 1), devices)
     except ValueError as error:
         raise InputError(f"config.mesh.replica = {replica} does not fit the slices: {error}") from error
     return Mesh(grid, AXES, axis_types=types)
-
-
-def _granule(device: jax.Device) -> int:
-    """Returns the number of the slice of a TPU, or else of the process."""
-    return getattr(device, "slice_index", device.process_index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +97,9 @@ class Layout:
             state=state,
         )
 
+    @functools.cached_property
     def abstract(self) -> tuple[Any, Any]:
-        """Returns the shapes of state and frozen networks, with their shardings."""
+        """The shapes of state and frozen networks, with their shardings; always the same objects."""
         shapes, placed = self._named, self._shardings
         with_shardings = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

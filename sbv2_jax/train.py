@@ -11,22 +11,21 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sbv2_jax import processes
-from sbv2_jax.assemble import DTYPES, Run, assemble
+from sbv2_jax.assemble import Run, assemble
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.checkpoint.files import step_numbers
-from sbv2_jax.compilation import compile_step
-from sbv2_jax.config import MAY_CHANGE, check_mesh, validate
+from sbv2_jax.compilation import compile_step, lay_out
+from sbv2_jax.config import MAY_CHANGE, validate
 from sbv2_jax.data.prompts import PromptSource, open_prompts, prompt_batches
 from sbv2_jax.errors import InputError
 from sbv2_jax.export import export_student
 from sbv2_jax.log import MetricsLog
-from sbv2_jax.memory import device_memory, fit
-from sbv2_jax.models import attention
+from sbv2_jax.memory import device_memory
 from sbv2_jax.parts import read_parts
 from sbv2_jax.preemption import EXIT_PREEMPTED, Preemption
 from sbv2_jax.progress import ProgressGrid
 from sbv2_jax.report import dry_run as dry_run_report
-from sbv2_jax.sharding import Layout, batch_sharding, make_mesh
+from sbv2_jax.sharding import Layout, batch_sharding
 from sbv2_jax.steps import Batch
 from sbv2_jax.tokenizer import Tokenizer, TokenizerPair, load_tokenizer
 from sbv2_jax.train_step import TrainStep
@@ -65,7 +64,7 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
             force=force,
         )
     with checkpoints, Preemption() as preemption:
-        restored = checkpoints.restore(layout.abstract()[0])
+        restored = checkpoints.restore(layout.abstract[0])
         first, state = restored[:2] if restored else (0, load_state(run, layout.state, start))
         write_config(workdir / "config.json", config)
         grid = None
@@ -125,12 +124,7 @@ class Prepared(NamedTuple):
 
 def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     """Reads all that can be wrong with a run's input, writes nothing, and logs what each sharding rule matches."""
-    parts = read_parts(config)
-    config = fit(config, parts, jax.device_count(), device_memory())
-    mesh = make_mesh(*check_mesh(config, jax.device_count()))
-    core = attention.choose(mesh, DTYPES[config.precision]) if config.attention == "auto" else None
-    run = assemble(config, parts, core)
-    layout = Layout(mesh, config.mesh.rules, run.state_shapes, run.frozen_shapes)
+    config, run, layout = lay_out(config, read_parts(config), jax.devices(), device_memory())
     for pattern, leaves in layout.matches().items():
         logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)
     source = open_prompts(config.prompts)

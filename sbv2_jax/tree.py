@@ -16,6 +16,8 @@ from sbv2_jax.errors import InputError
 Params = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
+GIB = 2**30
+
 
 def leaf_names(tree: Any) -> list[str]:
     """Returns the dotted name of every leaf of any pytree, in `jax.tree.leaves` order."""

@@ -1,6 +1,7 @@
 """The bundled pipeline: diffusers loads it and draws what we draw, and its pictures are what their captions say."""
 
-import jax.numpy as jnp
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +12,8 @@ import sbv2_jax
 from sbv2_jax.convert.component import load_component
 from sbv2_jax.convert.resolve import resolve
 from sbv2_jax.data import openmoji
-from sbv2_jax.models.clip_image import preprocess
 from sbv2_jax.models.registry import network
+from sbv2_jax.pretrain.clip import accuracy
 from sbv2_jax.tokenizer import load_tokenizer
 
 CANDIDATES = 64
@@ -31,21 +32,10 @@ def pipeline():
 @pytest.fixture(scope="module")
 def right_captions(directory):
     """The function from pictures to the share whose own caption CLIP prefers to the others."""
-    clip, tokenizer = (
-        load_component(directory / "clip", dtype="float32"),
-        load_tokenizer(directory / "tokenizer"),
-    )
-    net = network(clip.config)
+    clip = load_component(directory / "clip", dtype="float32")
+    ids = load_tokenizer(directory / "tokenizer").encode(captions())
     size = clip.config.vision_config.image_size
-    texts = net.apply(clip.params, tokenizer.encode(captions()), method="text_features")
-    texts = texts / jnp.linalg.norm(texts, axis=1, keepdims=True)
-
-    def share(pictures: np.ndarray) -> float:
-        pixels = preprocess(jnp.asarray(pictures, jnp.float32) / 127.5 - 1.0, size)
-        images = net.apply(clip.params, pixels, method="image_features")
-        return float(np.mean(np.argmax(images @ texts.T, axis=1) == np.arange(len(pictures))))
-
-    return share
+    return functools.partial(accuracy, network(clip.config), clip.params, ids, size)
 
 
 def captions():

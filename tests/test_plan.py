@@ -12,17 +12,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_pipeline import write_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
+from sbv2_jax.compilation import abstract_batch, lay_out
 from sbv2_jax.config import default_config
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.unet import UNetConfig
+from sbv2_jax.parts import read_parts
 from sbv2_jax.plan import plan
+from sbv2_jax.plan.advice import advise, changed, remedies
+from sbv2_jax.plan.cost import LINKS, MEMORY, step_time
 from sbv2_jax.plan.flops import count_flops
 from sbv2_jax.plan.hlo import collective_bytes, largest_arrays
-from sbv2_jax.plan.memory import Recorded, needs
+from sbv2_jax.plan.memory import Need, Recorded, needs
 from sbv2_jax.plan.report import text_of
-from sbv2_jax.plan.topologies import CHIPS, GIB, devices_of
-from sbv2_jax.sharding import make_mesh
+from sbv2_jax.plan.topologies import CHIPS, devices_of
+from sbv2_jax.sharding import batch_sharding, bytes_per_device, make_mesh
+from sbv2_jax.tree import GIB
 
 SMALL = {
     "block_out_channels": (16, 32),
@@ -146,6 +151,7 @@ def test_the_largest_arrays_are_named_by_what_makes_them():
         ("v4", "unknown topology 'v4'"),
         ("v3:2x2", "of v4, v5e, v5p, v6e"),
         ("v4:2x2x1;", "unknown topology"),
+        ("v4:2x2x1*", "v4:2x2x4\\*2 for two slices"),
         ("v4:3x5x7", "topology 'v4:3x5x7' cannot be had"),
     ],
 )
@@ -157,14 +163,78 @@ def test_a_topology_that_is_not_one(topology, says):
 def test_remedies_take_less_memory_one_after_the_other():
     config = default_config()
     config.update(batch_size=128, accumulate=2)
-    found = list(plan.remedies(config, devices=16))
+    found = list(remedies(config, devices=16))
     assert found[0] == {"remat": "block"}
     assert found[1:4] == [{"remat": "block", "mesh.fsdp": fsdp} for fsdp in (2, 4, 8)]
     assert found[4:] == [
         {"remat": "block", "mesh.fsdp": 8, "accumulate": accumulate} for accumulate in (4, 8)
     ]
     for changes in found:
-        plan.validate(plan.changed(config, changes))
+        plan.validate(changed(config, changes))
+
+
+def made_plan(peak: float, **programs: plan.Program) -> plan.Plan:
+    return plan.Plan(
+        topology="v4:2x2x1",
+        chip=CHIPS["v4"],
+        mesh={"replica": 1, "data": 2, "fsdp": 2},
+        batch_size=16,
+        flops=0.0,
+        seconds=1.0,
+        peak=peak,
+        programs=programs,
+    )
+
+
+def test_advice_ends_with_the_first_change_that_fits():
+    config = default_config()
+    config.update(batch_size=128, remat="block")
+    once = plan.Program(calls=1, need=Need(0, 0, 0, 0), collectives={}, buffers=[])
+    compiled = []
+
+    def compile_(config):
+        compiled.append((config.mesh.fsdp, config.accumulate))
+        return made_plan((40 if config.mesh.fsdp < 4 else 20) * GIB, step=once)
+
+    found = list(advise(config, 16, compile_))
+    assert [changes for changes, _ in found] == [{"mesh.fsdp": 2}, {"mesh.fsdp": 4}]
+    assert [plan.fits for _, plan in found] == [False, True] and compiled == [(2, 1), (4, 1)]
+    assert config.mesh.fsdp == 1
+
+
+def test_a_program_that_runs_twice_counts_twice():
+    def program(calls):
+        need = Need(arrays=5 * GIB, temporaries=GIB, results=GIB, code=0)
+        return plan.Program(
+            calls=calls, need=need, collectives={"all-gather": GIB, "all-reduce": 10}, buffers=[]
+        )
+
+    found = made_plan(8 * GIB, begin=program(1), score=program(3))
+    assert found.collectives == {"all-gather": 4 * GIB, "all-reduce": 40}
+    time = step_time(found)
+    assert time.memory == 4 * 8 * GIB / (MEMORY * found.chip.bandwidth)
+    assert time.links == (4 * GIB + 40) / (LINKS * found.chip.links)
+
+
+def test_what_the_compiler_says_of_a_program_that_is_too_large():
+    _, devices = devices_of("v5e:2x2")
+    whole = NamedSharding(make_mesh(1, 4, 1, devices), PartitionSpec())
+    x = shape(2**16, 2**16, sharding=whole)
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        jax.jit(lambda x: jnp.sort(x, 0) @ x, out_shardings=whole).lower(x).compile()
+    assert plan.wanted_bytes(raised.value) > 2 * x.size
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded"
+    assert plan.wanted_bytes(jax.errors.JaxRuntimeError(said)) == 20.5 * GIB
+    with pytest.raises(InputError, match="the step does not compile: INTERNAL: a bug"):
+        plan.wanted_bytes(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+
+
+def test_each_replica_is_a_slice_of_its_own():
+    _, devices = devices_of("v4:2x2x1*2")
+    mesh = make_mesh(2, 2, 2, devices)
+    assert [{device.slice_index for device in half.flat} for half in mesh.devices] == [{0}, {1}]
+    with pytest.raises(InputError, match="config.mesh.replica = 4 does not fit the slices"):
+        make_mesh(4, 1, 2, devices)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +254,10 @@ def tiny(world: Path, **changes):
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v6e:2x2"])
 def test_a_step_compiles_for_a_topology(world, topology):
     found = plan.compile_for(tiny(world), topology)
+    _, run, layout = lay_out(tiny(world), read_parts(tiny(world)), devices_of(topology)[1], None)
+    held = (*layout.abstract, abstract_batch(16, run, batch_sharding(layout.mesh)))
+    once = sum(bytes_per_device(leaf, leaf.sharding) for leaf in jax.tree.leaves(held))
+    assert found.programs["begin"].need.arrays == once
     assert found.fits and found.devices == 4 and found.mesh == {"replica": 1, "data": 2, "fsdp": 2}
     assert found.peak == max(program.need.total for program in found.programs.values())
     assert 0.001 < found.peak / GIB < 0.5 and found.chip is CHIPS[topology.split(":")[0]]

@@ -54,9 +54,10 @@ def alone(world, tmp_path_factory):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_give_the_run_of_one(world, alone, tmp_path, count):
-    """Weights and batch are split over both processes, and over two of the four."""
+    """Weights are split over the two processes, or over two of the four, which repeat them."""
     pictures = {"sample.every": 3} if count == 2 else {}
-    for code, error in ended(launch(count, world, tmp_path, **SMALL | pictures | {"mesh.fsdp": 2})):
+    mesh = {"mesh.replica": count // 2, "mesh.fsdp": 2}
+    for code, error in ended(launch(count, world, tmp_path, **SMALL | pictures | mesh)):
         assert code == 0, error
     ours, theirs = metrics(tmp_path), metrics(alone)
     assert [line["step"] for line in ours] == [1, 2, 3], "one process writes, each step once"

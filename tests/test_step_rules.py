@@ -74,10 +74,12 @@ def test_null_prompts_differ_within_a_batch():
     assert 0 < draw(null_prompt_probability=0.5)[1].null.sum() < BATCH
 
 
-@pytest.mark.parametrize("passes", [2, 4])
-def test_accumulation_changes_nothing_but_rounding(toy, plain_step, passes):
+@pytest.mark.parametrize(
+    "passes", [{"accumulate": 2}, {"accumulate": 4}, {"clip_passes": 2}, {"clip_passes": 4}], ids=str
+)
+def test_passes_change_nothing_but_rounding(toy, plain_step, passes):
     state, metrics = run(plain_step, toy, toy.init(), 1)
-    accumulated, accumulated_metrics = run(toy.train_step(ema=0.9, accumulate=passes), toy, toy.init(), 1)
+    accumulated, accumulated_metrics = run(toy.train_step(ema=0.9, **passes), toy, toy.init(), 1)
     for name in ("student", "ema", "score"):
         for leaf, want in getattr(state, name).items():
             assert relative_error(getattr(accumulated, name)[leaf], want) < 1e-5, (name, leaf)

@@ -65,10 +65,7 @@ class Network:
 
 
 class _NoRandomness(nnx.Rngs):
-    """Stands for the streams of keys that NNX layers draw from: no layer of ours draws when it is built.
-
-    Tracing a thousand random initialisers took most of a minute; the host's generator takes milliseconds.
-    """
+    """Stands for the streams of keys that NNX layers take: ours draw nothing when they are built (see `init`)."""
 
     def __init__(self):
         super().__init__()

@@ -35,8 +35,8 @@ def step_time(plan: Plan) -> StepTime:
     not counted. Collectives move their results over the links once.
     """
     touched = sum(
-        need.arrays + 2 * need.temporaries + need.results
-        for need in (program.need for program in plan.programs.values())
+        program.calls * (program.need.arrays + 2 * program.need.temporaries + program.need.results)
+        for program in plan.programs.values()
     )
     return StepTime(
         arithmetic=plan.flops / plan.devices / (ARITHMETIC * plan.chip.flops),

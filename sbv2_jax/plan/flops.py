@@ -28,9 +28,8 @@ def _of_equation(equation: core.JaxprEqn) -> float:
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
-        features = kernel[
-            params["dimension_numbers"].rhs_spec[0]
-        ]  # of the output: the others are summed over
+        # All but the output's features are summed over.
+        features = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / features
     times = params["length"] if name == "scan" else 1
     return times * sum(_of_jaxpr(inner) for inner in _inner(params))

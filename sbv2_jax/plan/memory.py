@@ -1,13 +1,14 @@
 """The memory that a step takes of one device: the arrays alive at each of its programs, and the compiler's own."""
 
+import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from sbv2_jax.programs import Separate
+from sbv2_jax.sharding import bytes_per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Recorded(Separate):
 
     def run(self, name: str, function: Callable, *args: Any, out: Any = None, donate: tuple[int, ...] = ()):
         """Runs, compiles or returns as `Separate` does."""
-        result = super().run(name, function, *args, out=out, donate=donate)
+        # Copied, for what the second call of a program gives is another array than what the first gave.
+        result = jax.tree.map(copy.copy, super().run(name, function, *args, out=out, donate=donate))
         self.calls.append(Call(name, jax.tree.leaves(args), jax.tree.leaves(result)))
         return result
 
@@ -66,7 +68,7 @@ def needs(programs: Recorded, resident: Any) -> dict[str, Need]:
         if call.name in analyses:  # a stage without arrays has no program
             analysis = analyses[call.name]
             need = Need(
-                arrays=sum(map(device_bytes, alive.values())),
+                arrays=sum(bytes_per_device(leaf, leaf.sharding) for leaf in alive.values()),
                 temporaries=analysis.temp_size_in_bytes,
                 results=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
                 code=code,
@@ -75,8 +77,3 @@ def needs(programs: Recorded, resident: Any) -> dict[str, Need]:
         alive |= {id(leaf): leaf for leaf in call.given}
         alive = {key: leaf for key, leaf in alive.items() if key in stays or last.get(key, -1) > number}
     return found
-
-
-def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """Returns the bytes of an array's part on one device."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

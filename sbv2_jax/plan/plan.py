@@ -1,36 +1,36 @@
-"""Compiles a run's step for a topology, and finds what would make it fit where it does not."""
+"""Compiles a run's step for a topology, and measures what it takes there."""
 
 import dataclasses
+import math
 import re
 import time
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any
 
 from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
-from sbv2_jax.assemble import DTYPES, Run, assemble
-from sbv2_jax.compilation import abstract_batch, compile_step
-from sbv2_jax.config import check_mesh, validate
+from sbv2_jax.assemble import Run, assemble
+from sbv2_jax.compilation import abstract_batch, compile_step, lay_out
+from sbv2_jax.config import validate
 from sbv2_jax.errors import InputError
-from sbv2_jax.memory import fit
-from sbv2_jax.models import attention
 from sbv2_jax.parts import read_parts
 from sbv2_jax.plan.flops import count_flops
 from sbv2_jax.plan.hlo import Buffer, collective_bytes, largest_arrays
 from sbv2_jax.plan.memory import Need, Recorded, needs
 from sbv2_jax.plan.topologies import Chip, devices_of
-from sbv2_jax.sharding import Layout, make_mesh
 from sbv2_jax.train_step import make_train_step
 
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+# What the compiler says when a program is too large depends on where it noticed.
+_TOO_LARGE = re.compile(r"(?:Used |\()([\d.]+)([KMG])(?:\) exceeds available HBM| of [\d.]+[KMG] hbm)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What is known of one compiled program."""
+    """What is known of one compiled program, which runs `calls` times in a step."""
 
+    calls: int
     need: Need
     collectives: dict[str, int]
     buffers: list[Buffer]
@@ -61,19 +61,15 @@ class Plan:
     @property
     def devices(self) -> int:
         """How many devices the mesh has."""
-        product = 1
-        for size in self.mesh.values():
-            product *= size
-        return product
+        return math.prod(self.mesh.values())
 
     @property
     def collectives(self) -> dict[str, int]:
         """The bytes of each kind of collective in one step."""
-        totals: dict[str, int] = {}
+        totals: Counter[str] = Counter()
         for program in self.programs.values():
-            for kind, size in program.collectives.items():
-                totals[kind] = totals.get(kind, 0) + size
-        return totals
+            totals.update({kind: program.calls * size for kind, size in program.collectives.items()})
+        return dict(totals)
 
 
 def compile_for(config: ConfigDict, topology: str, *, workers: int = 1) -> Plan:
@@ -84,25 +80,21 @@ def compile_for(config: ConfigDict, topology: str, *, workers: int = 1) -> Plan:
     validate(config)
     chip, devices = devices_of(topology)
     parts = read_parts(config, dry_run=True)
-    config = fit(config, parts, len(devices), chip.usable)
-    mesh = make_mesh(*check_mesh(config, len(devices)), devices)
-    core = attention.choose(mesh, DTYPES[config.precision]) if config.attention == "auto" else None
-    run = assemble(config, parts, core)
-    layout = Layout(mesh, config.mesh.rules, run.state_shapes, run.frozen_shapes)
+    config, run, layout = lay_out(config, parts, devices, chip.usable)
     flops = step_flops(config, assemble(config, parts))
     programs = Recorded(workers)
     start, peak, found = time.monotonic(), 0.0, {}
     try:
         compile_step(config, run, layout, programs)
     except JaxRuntimeError as error:
-        peak = _wanted(error)
+        peak = wanted_bytes(error)
     else:
-        found = _programs(programs, layout.abstract())
+        found = _programs(programs, layout.abstract)
         peak = max(program.need.total for program in found.values())
     return Plan(
         topology=topology,
         chip=chip,
-        mesh=dict(mesh.shape),
+        mesh=dict(layout.mesh.shape),
         batch_size=config.batch_size,
         flops=flops,
         seconds=time.monotonic() - start,
@@ -118,48 +110,22 @@ def step_flops(config: ConfigDict, run: Run) -> float:
     return count_flops(step, run.state_shapes, run.frozen_shapes, batch)
 
 
-def remedies(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
-    """Yields, one upon the other, changes of a configuration that take less memory, the cheapest in time first."""
-    changes: dict[str, Any] = {}
-    if config.remat != "block":
-        changes["remat"] = "block"
-        yield dict(changes)
-    accumulate, fsdp = config.accumulate, max(config.mesh.fsdp, 1)
-    most = min(devices // config.mesh.replica, 8 * fsdp)
-    while True:
-        if 2 * fsdp <= most:
-            fsdp *= 2
-            changes["mesh.fsdp"] = fsdp
-            if config.mesh.data != -1:
-                changes["mesh.data"] = devices // (fsdp * config.mesh.replica)
-            yield dict(changes)
-        elif config.batch_size % (2 * accumulate * devices) == 0:
-            accumulate *= 2
-            changes["accumulate"] = accumulate
-            yield dict(changes)
-        else:
-            return
-
-
-def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-    """Returns a copy of a configuration with these fields changed."""
-    copy = config.copy_and_resolve_references()
-    copy.update_from_flattened_dict(changes)
-    return copy
-
-
 def _programs(programs: Recorded, resident: Any) -> dict[str, Program]:
     found = {}
     wanted = needs(programs, resident)
+    calls = Counter(call.name for call in programs.calls)
     for name, compiled in programs.compiled().items():
         text = compiled.as_text()
         found[name] = Program(
-            need=wanted[name], collectives=collective_bytes(text), buffers=largest_arrays(text, 5)
+            calls=calls[name],
+            need=wanted[name],
+            collectives=collective_bytes(text),
+            buffers=largest_arrays(text, 5),
         )
     return found
 
 
-def _wanted(error: JaxRuntimeError) -> float:
+def wanted_bytes(error: JaxRuntimeError) -> float:
     """Returns the bytes that the compiler says a program would use; raises what is another error."""
     said = _TOO_LARGE.search(str(error))
     if said is None:

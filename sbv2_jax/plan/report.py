@@ -2,7 +2,7 @@
 
 from sbv2_jax.plan.cost import step_time
 from sbv2_jax.plan.plan import Plan
-from sbv2_jax.plan.topologies import GIB
+from sbv2_jax.tree import GIB
 
 
 def text_of(plan: Plan) -> str:

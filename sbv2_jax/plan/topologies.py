@@ -7,8 +7,7 @@ import re
 import jax
 
 from sbv2_jax.errors import InputError
-
-GIB = 2**30
+from sbv2_jax.tree import GIB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +43,15 @@ CHIPS = {
 
 
 def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
-    """Returns the chip and the devices of a topology such as "v4:2x2x4".
+    """Returns the chip and the devices of a topology such as "v4:2x2x4", or "v4:2x2x4*2" of two such slices.
 
     Raises InputError for a name that is unknown, and where libtpu is not installed.
     """
-    match = re.fullmatch(r"(\w+):\d+(x\d+)*", topology)
+    match = re.fullmatch(r"(\w+):\d+(?:x\d+)*(?:\*(\d+))?", topology)
     if match is None or match[1] not in CHIPS:
         raise InputError(
-            f"unknown topology {topology!r}: expected GENERATION:AxB or AxBxC, of {', '.join(CHIPS)}, such as v4:2x2x4"
+            f"unknown topology {topology!r}: expected GENERATION:AxB or AxBxC, of {', '.join(CHIPS)}, such as v4:2x2x4, "
+            "or v4:2x2x4*2 for two slices"
         )
     chip = CHIPS[match[1]]
     # Without these libtpu looks for the machine that it should run on, and for a device of its own.
@@ -64,8 +64,11 @@ def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    options = chip.options | ({"num_slices": int(match[2])} if match[2] else {})
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.partition("*")[0], **options
+        )
     except Exception as error:  # noqa: BLE001 (libtpu raises what it likes)
         reason = str(error).splitlines()[0]
         raise InputError(

@@ -1,0 +1,37 @@
+"""Where compiled programs are kept."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from sbv2_jax.cache import use_cache
+
+
+@pytest.fixture
+def directory(monkeypatch):
+    """Has JAX know no directory; returns a function that asks for the one it knows after `use_cache`."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+
+    def chosen() -> Path:
+        use_cache()
+        return Path(jax.config.jax_compilation_cache_dir)
+
+    yield chosen
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_are_kept_in_the_users_cache(directory, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert directory() == Path.home() / ".cache" / "sbv2_jax"
+
+
+def test_the_users_cache_may_lie_elsewhere(directory, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert directory() == tmp_path / "sbv2_jax"
+
+
+def test_what_jax_was_told_stays(directory, monkeypatch, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    assert directory() == tmp_path / "own"
