@@ -40,9 +40,10 @@ def main() -> int:
     print(text_of(plan), flush=True)
     if plan.fits:
         return 0
-    for changes, plan in advise(_CONFIG.value, plan.devices, compiled) if _ADVICE.value else ():
-        overrides = " ".join(f"--config.{name}={value}" for name, value in changes.items())
-        print(f"\nwith {overrides}:\n{text_of(plan)}", flush=True)
+    if _ADVICE.value:
+        for changes, advised in advise(_CONFIG.value, plan.devices, compiled):
+            overrides = " ".join(f"--config.{name}={value}" for name, value in changes.items())
+            print(f"\nwith {overrides}:\n{text_of(advised)}", flush=True)
     return 1
 
 

@@ -50,8 +50,8 @@ def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
     match = re.fullmatch(r"(\w+):\d+(?:x\d+)*(?:\*(\d+))?", topology)
     if match is None or match[1] not in CHIPS:
         raise InputError(
-            f"unknown topology {topology!r}: expected GENERATION:AxB or AxBxC, of {', '.join(CHIPS)}, such as v4:2x2x4, "
-            "or v4:2x2x4*2 for two slices"
+            f"unknown topology {topology!r}: expected GENERATION:AxB or AxBxC, of {', '.join(CHIPS)}, such as "
+            "v4:2x2x4, or v4:2x2x4*2 for two slices"
         )
     chip = CHIPS[match[1]]
     # Without these libtpu looks for the machine that it should run on, and for a device of its own.
