@@ -1,4 +1,4 @@
-"""Compiles training steps for TPU topologies, row by row, and writes docs/scaling.md from what was found.
+"""Compiles training steps for TPU topologies, row by row, and writes docs/scaling.md's tables from what was found.
 
 python benchmarks/scaling_table.py --rows=runs/scaling.jsonl            (hours; goes on where it was interrupted)
 python benchmarks/scaling_table.py --rows=runs/scaling.jsonl --only="sd21.*v4:2x2x4"
@@ -13,7 +13,9 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -21,63 +23,83 @@ from sbv2_jax import cli
 
 _ROWS = flags.DEFINE_string("rows", None, "A .jsonl file of the rows, which is continued.")
 _ONLY = flags.DEFINE_string("only", ".*", "A regular expression for the names of the rows to compile.")
-_WRITE = flags.DEFINE_string("write", None, "A .md file for the table; nothing is compiled then.")
+_WRITE = flags.DEFINE_string("write", None, "A .md file for the tables; nothing is compiled then.")
 _ROW = flags.DEFINE_string("row", None, "Compiles this one row, here.")
+_WORKERS = flags.DEFINE_integer("workers", 2, "Programs compiled at a time.", lower_bound=1)
 
-# (architecture, pixels a side, topology, images of a batch, devices that share out the weights)
-GENERATIONS = {"v4:2x2x1": 4, "v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x4": 8}
+
+class Row(NamedTuple):
+    """A model, pixels a side, where it is compiled for, images of a batch, and devices that share the weights."""
+
+    model: str
+    px: int
+    topology: str
+    batch: int
+    fsdp: int
+
+
+ONE_BOARD = {"v4:2x2x1": 4, "v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x4": 8}
 ROWS = [
-    *(("sd21-base", 512, topology, 128, 4) for topology in ("v4:2x2x2", "v4:2x4x4", "v4:4x4x8")),
-    *(("sd21-base", 512, topology, 8 * count, count) for topology, count in GENERATIONS.items()),
-    *(("sd15", 512, topology, 8 * count, count) for topology, count in GENERATIONS.items()),
-    *(("sd21", 768, topology, 4 * count, count) for topology, count in GENERATIONS.items()),
-    *(("sdxl", 512, topology, 4 * count, count) for topology, count in GENERATIONS.items()),
-    *(("sdxl", 1024, topology, count, count) for topology, count in GENERATIONS.items()),
+    # configs/tpu_v4.py on 8, 32 and 128 chips
+    *(Row("sd21-base", 512, topology, 128, 4) for topology in ("v4:2x2x2", "v4:2x4x4", "v4:4x4x8")),
+    # All weights on every chip: what grows with the batch there, and what does not.
+    *(Row("sd21-base", 512, "v5p:2x2x1", batch, 1) for batch in (16, 64)),
+    *(Row("sd21-base", 512, topology, 8 * count, count) for topology, count in ONE_BOARD.items()),
+    *(Row("sd15", 512, topology, 8 * count, count) for topology, count in ONE_BOARD.items()),
+    *(Row("sdxl", 1024, topology, count, count) for topology, count in ONE_BOARD.items()),
 ]
-COLUMNS = ("model", "px", "topology", "devices", "mesh", "batch", "GiB a device", "of", "fits", "TFLOP/image",
-           "moved GiB/step", "est. s/step", "est. images/s", "compile s", "host GiB")  # fmt: skip
+CHIPS = (8, 32, 128, 512, 4096)
+COLUMNS = ("model", "px", "topology", "mesh", "batch", "GiB a device", "of", "fits", "largest in",
+           "generate GiB", "TFLOP/image", "moved GiB/step", "est. s/step", "bound", "compile s",
+           "host GiB")  # fmt: skip
 
 
-def name_of(row: tuple) -> str:
+def name_of(row: Row) -> str:
     """Returns what identifies a row."""
     return " ".join(map(str, row))
 
 
-def compile_row(row: tuple) -> dict:
+def compile_row(row: Row) -> dict[str, Any]:
     """Compiles the step of a row in stages; returns its figures."""
     from sbv2_jax.config import stable_diffusion_21
-    from sbv2_jax.plan.cost import step_time
+    from sbv2_jax.plan.cost import at_scale, step_time
     from sbv2_jax.plan.plan import compile_for
     from sbv2_jax.tree import GIB
 
-    architecture, pixels, topology, batch, fsdp = row
-    config = stable_diffusion_21("", {"batch_size": batch, "mesh.fsdp": fsdp})
-    config.update(architecture=architecture, resolution=pixels, programs="stages")
+    config = stable_diffusion_21("", {"batch_size": row.batch, "mesh.fsdp": row.fsdp})
+    config.update(architecture=row.model, resolution=row.px, programs="stages")
     config.student.init = "teacher"
     start = time.monotonic()
-    plan = compile_for(config, topology)
-    estimate = step_time(plan) if plan.fits else None
-    return {
-        "name": name_of(row),
-        "model": architecture,
-        "px": pixels,
-        "topology": topology,
-        "devices": plan.devices,
-        "mesh": "x".join(map(str, plan.mesh.values())),
-        "batch": batch,
+    plan = compile_for(config, row.topology, workers=_WORKERS.value)
+    seconds = time.monotonic() - start
+    found = {"name": name_of(row), **row._asdict(), "devices": plan.devices}
+    found |= {
+        "mesh": " x ".join(map(str, plan.mesh.values())),
         "GiB a device": round(plan.peak / GIB, 2),
         "of": round(plan.chip.usable / GIB, 2),
         "fits": "yes" if plan.fits else "no",
-        "TFLOP/image": round(plan.flops / batch / 1e12, 2),
-        "moved GiB/step": round(sum(plan.collectives.values()) / GIB, 2) if plan.programs else None,
-        "est. s/step": round(estimate.total, 3) if estimate else None,
-        "est. images/s": round(batch / estimate.total) if estimate else None,
-        "compile s": round(time.monotonic() - start),
+        "TFLOP/image": round(plan.flops / row.batch / 1e12, 2),
+        "compile s": round(seconds),
         "host GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
     }
+    if plan.programs:
+        largest = max(plan.programs, key=lambda name: plan.programs[name].need.total)
+        estimate = step_time(plan)
+        found |= {
+            "largest in": largest,
+            "buffers": [f"{buffer.shape} {buffer.operation}" for buffer in plan.programs[largest].buffers],
+            "generate GiB": round(plan.generate.need.total / GIB, 2),
+            "moved GiB/step": round(sum(plan.collectives.values()) / GIB, 2),
+            "est. s/step": round(estimate.total, 3),
+            "bound": estimate.bound,
+            "at scale": {
+                devices: at_scale(plan, devices).total for devices in CHIPS if devices >= plan.devices
+            },
+        }
+    return found
 
 
-def read_rows(path: Path) -> dict[str, dict]:
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Returns the rows that are done, by name."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {row["name"]: row for row in map(json.loads, lines)}
@@ -91,18 +113,35 @@ def compile_missing(path: Path, only: str) -> None:
             continue
         print(f"compiling {name_of(row)}", flush=True)
         command = [sys.executable, __file__, f"--row={name_of(row)}", f"--rows={path}"]
-        done = subprocess.run(command, check=False)
+        done = subprocess.run([*command, f"--workers={_WORKERS.value}"], check=False)
         if done.returncode:
             print(f"{name_of(row)} failed with exit code {done.returncode}", flush=True)
 
 
-def table(rows: list[dict]) -> str:
-    """Returns the rows as a table of Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+def table(columns: tuple[str, ...], lines: list[list[Any]]) -> str:
+    """Returns a table of Markdown; None is an empty cell."""
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join(
+        "| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows
+    )
+
+
+def scaling_lines(rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
+    """Yields images/s for each number of chips, and the last's share of perfect scaling."""
     for row in rows:
-        cells = ("" if row[column] is None else str(row[column]) for column in COLUMNS)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        if "at scale" not in row or row["devices"] > CHIPS[0]:
+            continue
+        each = row["batch"] / row["devices"]
+        rates = {int(devices): int(devices) * each / seconds for devices, seconds in row["at scale"].items()}
+        yield [row["model"], row["px"], row["topology"], f"{each:g}", *(f"{rates[chips]:,.0f}" for chips in CHIPS),
+               f"{rates[CHIPS[-1]] / rates[CHIPS[0]] * CHIPS[0] / CHIPS[-1]:.0%}"]  # fmt: skip
+
+
+def filled(text: str, name: str, body: str) -> str:
+    """Returns a page with the lines between the marks of this name replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{body}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
@@ -114,12 +153,22 @@ def main() -> None:
         with path.open("a", encoding="utf-8") as lines:
             lines.write(line + "\n")
     elif _WRITE.value:
-        done = read_rows(path)
-        out = Path(_WRITE.value)
-        found = table([done[name_of(row)] for row in ROWS if name_of(row) in done])
-        begin, end = "<!-- table -->", "<!-- end -->"
-        head, _, rest = out.read_text(encoding="utf-8").partition(begin)
-        out.write_text(f"{head}{begin}\n{found}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+        found = read_rows(path)
+        done = [found[name_of(row)] for row in ROWS if name_of(row) in found]
+        page = Path(_WRITE.value)
+        text = page.read_text(encoding="utf-8")
+        text = filled(
+            text, "table", table(COLUMNS, [[row.get(column) for column in COLUMNS] for row in done])
+        )
+        heads = (
+            "model",
+            "px",
+            "compiled for",
+            "images a chip",
+            *(f"{chips:,} chips" for chips in CHIPS),
+            "kept",
+        )
+        page.write_text(filled(text, "scaling", table(heads, list(scaling_lines(done)))), encoding="utf-8")
     else:
         compile_missing(path, _ONLY.value)
 

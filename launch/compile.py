@@ -23,6 +23,9 @@ _ADVICE = flags.DEFINE_boolean(
 _WORKERS = flags.DEFINE_integer(
     "workers", 1, "Stages compiled at a time; each takes gigabytes.", lower_bound=1
 )
+_EFFORT = flags.DEFINE_float(
+    "effort", -1.0, "What the compiler spends on speed; 0 is its default.", lower_bound=-1.0, upper_bound=1.0
+)
 
 
 def main() -> int:
@@ -35,7 +38,9 @@ def main() -> int:
     from sbv2_jax.plan.report import text_of
 
     use_cache()
-    compiled = functools.partial(compile_for, topology=_TOPOLOGY.value, workers=_WORKERS.value)
+    compiled = functools.partial(
+        compile_for, topology=_TOPOLOGY.value, workers=_WORKERS.value, effort=_EFFORT.value
+    )
     plan = compiled(_CONFIG.value)
     print(text_of(plan), flush=True)
     if plan.fits:

@@ -9,8 +9,8 @@ import numpy as np
 from sbv2_jax import lora
 from sbv2_jax.assemble import Run
 from sbv2_jax.convert.component import load_component
+from sbv2_jax.generators import student_of, teacher_of
 from sbv2_jax.inference import Generator, GeneratorParams, generate, initial_noise, to_uint8
-from sbv2_jax.models.registry import network
 from sbv2_jax.pictures import grid, save_png
 from sbv2_jax.sharding import shardings
 from sbv2_jax.state import Frozen, TrainState
@@ -33,18 +33,11 @@ class ProgressGrid:
         mesh: jax.sharding.Mesh,
     ):
         self._run, self._frozen, self._prompts = run, frozen, prompts
-        vae = network(run.parts.vae.config)
+        self._teacher, self._student = teacher_of(run), student_of(run)
         host = load_component(run.parts.vae.directory, dtype=run.objective.compute_dtype).params
-        self._vae = place(host, shardings(vae.shapes, mesh))
+        self._vae = place(host, shardings(self._student.vae.shapes, mesh))
         self._ids = tokenizer.encode(prompts), tokenizer.encode([""])[0]
         self._noise = initial_noise(run.seed, range(len(prompts)), run.objective.latent_shape)
-        text_encoder, scale = run.models.text_encoder, run.parts.vae.config.scaling_factor
-        self._teacher = Generator(
-            network(run.parts.teacher.config), run.models.score_schedule, text_encoder, vae, scale
-        )
-        self._student = Generator(
-            network(run.parts.student.config), run.models.student_schedule, text_encoder, vae, scale
-        )
         self._columns = {
             f"teacher, {TEACHER_STEPS} steps": self._pictures(
                 self._teacher, frozen.teacher, steps=TEACHER_STEPS, guidance=run.objective.guidance

@@ -20,7 +20,7 @@ from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.parts import read_parts
 from sbv2_jax.plan import plan
 from sbv2_jax.plan.advice import advise, changed, remedies
-from sbv2_jax.plan.cost import LINKS, MEMORY, step_time
+from sbv2_jax.plan.cost import ARITHMETIC, LINKS, MEMORY, NETWORK, at_scale, step_time
 from sbv2_jax.plan.flops import count_flops
 from sbv2_jax.plan.hlo import collective_bytes, largest_arrays
 from sbv2_jax.plan.memory import Need, Recorded, needs
@@ -179,17 +179,19 @@ def made_plan(peak: float, **programs: plan.Program) -> plan.Plan:
         chip=CHIPS["v4"],
         mesh={"replica": 1, "data": 2, "fsdp": 2},
         batch_size=16,
-        flops=0.0,
+        flops=4e12,
+        gradient_bytes=1000,
         seconds=1.0,
         peak=peak,
         programs=programs,
+        generate=None,
     )
 
 
 def test_advice_ends_with_the_first_change_that_fits():
     config = default_config()
     config.update(batch_size=128, remat="block")
-    once = plan.Program(calls=1, need=Need(0, 0, 0, 0), collectives={}, buffers=[])
+    once = plan.Program(calls=1, need=Need(0, 0, 0, 0), accessed=0.0, collectives={}, buffers=[])
     compiled = []
 
     def compile_(config):
@@ -206,14 +208,32 @@ def test_a_program_that_runs_twice_counts_twice():
     def program(calls):
         need = Need(arrays=5 * GIB, temporaries=GIB, results=GIB, code=0)
         return plan.Program(
-            calls=calls, need=need, collectives={"all-gather": GIB, "all-reduce": 10}, buffers=[]
+            calls=calls,
+            need=need,
+            accessed=8e9,
+            collectives={"all-gather": GIB, "all-reduce": 10, "reduce-scatter": 3},
+            buffers=[],
         )
 
     found = made_plan(8 * GIB, begin=program(1), score=program(3))
-    assert found.collectives == {"all-gather": 4 * GIB, "all-reduce": 40}
+    assert found.collectives == {"all-gather": 4 * GIB, "all-reduce": 40, "reduce-scatter": 12}
     time = step_time(found)
-    assert time.memory == 4 * 8 * GIB / (MEMORY * found.chip.bandwidth)
-    assert time.links == (4 * GIB + 40) / (LINKS * found.chip.links)
+    assert time.arithmetic == pytest.approx(1e12 / (ARITHMETIC * 275e12))
+    assert time.memory == pytest.approx(4 * 8e9 / (MEMORY * 1.2e12))
+    assert time.links == pytest.approx(0.75 * (4 * GIB + 2 * 40 + 2 * 12) / (LINKS * 300e9))
+    assert time.total == time.memory + time.links and time.bound == "memory"
+
+
+def test_weak_scaling_adds_the_network_where_one_slice_is_not_enough():
+    once = plan.Program(
+        calls=1, need=Need(0, 0, 0, 0), accessed=8e9, collectives={"all-reduce": GIB}, buffers=[]
+    )
+    found = made_plan(8 * GIB, step=once)
+    here, most, more = (at_scale(found, devices) for devices in (4, 4096, 8192))
+    assert here == step_time(found)
+    assert most.links == pytest.approx(here.links * (4095 / 4096) / (3 / 4)) and most.network == 0
+    assert more.links == pytest.approx(most.links)
+    assert more.network == pytest.approx(2 * 0.5 * 1000 / (LINKS * NETWORK))
 
 
 def test_what_the_compiler_says_of_a_program_that_is_too_large():
@@ -263,3 +283,4 @@ def test_a_step_compiles_for_a_topology(world, topology):
     assert 0.001 < found.peak / GIB < 0.5 and found.chip is CHIPS[topology.split(":")[0]]
     assert sum(found.collectives.values()) > 0, "gradients are summed over devices"
     assert "fits: " in text_of(found)
+    assert 0 < found.generate.need.arrays < once, "the networks of one student, and nothing of its training"

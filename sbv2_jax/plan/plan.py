@@ -1,25 +1,33 @@
 """Compiles a run's step for a topology, and measures what it takes there."""
 
 import dataclasses
+import functools
 import math
 import re
 import time
 from collections import Counter
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
+from sbv2_jax import inference
 from sbv2_jax.assemble import Run, assemble
 from sbv2_jax.compilation import abstract_batch, compile_step, lay_out
 from sbv2_jax.config import validate
 from sbv2_jax.errors import InputError
+from sbv2_jax.generators import student_of
+from sbv2_jax.inference import GeneratorParams
 from sbv2_jax.parts import read_parts
 from sbv2_jax.plan.flops import count_flops
 from sbv2_jax.plan.hlo import Buffer, collective_bytes, largest_arrays
 from sbv2_jax.plan.memory import Need, Recorded, needs
 from sbv2_jax.plan.topologies import Chip, devices_of
+from sbv2_jax.sharding import Layout, bytes_per_device, shardings
 from sbv2_jax.train_step import make_train_step
+from sbv2_jax.tree import Shapes
 
 # What the compiler says when a program is too large depends on where it noticed.
 _TOO_LARGE = re.compile(r"(?:Used |\()([\d.]+)([KMG])(?:\) exceeds available HBM| of [\d.]+[KMG] hbm)")
@@ -28,10 +36,14 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What is known of one compiled program, which runs `calls` times in a step."""
+    """What is known of one compiled program, which runs `calls` times in a step.
+
+    `accessed` is the compiler's count of the bytes that its operations read from memory and write to it.
+    """
 
     calls: int
     need: Need
+    accessed: float
     collectives: dict[str, int]
     buffers: list[Buffer]
 
@@ -41,7 +53,8 @@ class Plan:
     """A step, compiled for a topology: `peak` bytes of a device, of which `chip.usable` may be used.
 
     Where the compiler gave up there are no `programs`, and `peak` is what it says it would have used.
-    `flops` is of the whole step on all devices.
+    `flops` is of the whole step on all devices, `gradient_bytes` of one device's part of the student's gradients.
+    `generate` draws one picture on each device, by itself.
     """
 
     topology: str
@@ -49,9 +62,11 @@ class Plan:
     mesh: dict[str, int]
     batch_size: int
     flops: float
+    gradient_bytes: int
     seconds: float
     peak: float
     programs: dict[str, Program]
+    generate: Program | None
 
     @property
     def fits(self) -> bool:
@@ -72,9 +87,11 @@ class Plan:
         return dict(totals)
 
 
-def compile_for(config: ConfigDict, topology: str, *, workers: int = 1) -> Plan:
+def compile_for(config: ConfigDict, topology: str, *, workers: int = 1, effort: float = -1.0) -> Plan:
     """Compiles the step of a run for a topology, with the published shapes where the teacher is not here.
 
+    `workers` programs compile at a time. `effort`, from -1 to 1, is what the compiler spends on speed: what a
+    program holds in memory is the same, and compiling takes a fifth at the lowest.
     Raises InputError for whatever is wrong with the configuration or the topology.
     """
     validate(config)
@@ -82,8 +99,9 @@ def compile_for(config: ConfigDict, topology: str, *, workers: int = 1) -> Plan:
     parts = read_parts(config, dry_run=True)
     config, run, layout = lay_out(config, parts, devices, chip.usable)
     flops = step_flops(config, assemble(config, parts))
-    programs = Recorded(workers)
-    start, peak, found = time.monotonic(), 0.0, {}
+    options = {"exec_time_optimization_effort": effort}
+    programs = Recorded(workers, options)
+    start, peak, found, generate = time.monotonic(), 0.0, {}, None
     try:
         compile_step(config, run, layout, programs)
     except JaxRuntimeError as error:
@@ -91,15 +109,18 @@ def compile_for(config: ConfigDict, topology: str, *, workers: int = 1) -> Plan:
     else:
         found = _programs(programs, layout.abstract)
         peak = max(program.need.total for program in found.values())
+        generate = _compile_generate(run, layout, Recorded(workers, options))
     return Plan(
         topology=topology,
         chip=chip,
         mesh=dict(layout.mesh.shape),
         batch_size=config.batch_size,
         flops=flops,
+        gradient_bytes=bytes_per_device(run.state_shapes.student, layout.state.student),
         seconds=time.monotonic() - start,
         peak=peak,
         programs=found,
+        generate=generate,
     )
 
 
@@ -108,6 +129,30 @@ def step_flops(config: ConfigDict, run: Run) -> float:
     step = make_train_step(run.models, run.objective, run.student_optimizer, run.score_optimizer)
     batch = abstract_batch(config.batch_size, run)
     return count_flops(step, run.state_shapes, run.frozen_shapes, batch)
+
+
+def _compile_generate(run: Run, layout: Layout, programs: Recorded) -> Program:
+    generator, (_, frozen) = student_of(run), layout.abstract
+    batch, whole = layout.placement.batch, layout.placement.whole
+
+    def sharded(shapes: Shapes) -> Shapes:
+        placed = shardings(shapes, layout.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, run.objective.compute_dtype, sharding=placed[name])
+            for name, leaf in shapes.items()
+        }
+
+    params = GeneratorParams(
+        sharded(generator.unet.shapes), frozen.text_encoder, sharded(generator.vae.shapes)
+    )
+    count = layout.mesh.size
+    ids = abstract_batch(count, run, batch).input_ids
+    null_ids = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype, sharding=whole)
+    noise = jax.ShapeDtypeStruct((count, *run.objective.latent_shape), jnp.float32, sharding=batch)
+    programs.run(
+        "generate", functools.partial(inference.generate, generator), params, ids, null_ids, noise, out=batch
+    )
+    return _programs(programs, params)["generate"]
 
 
 def _programs(programs: Recorded, resident: Any) -> dict[str, Program]:
@@ -119,6 +164,7 @@ def _programs(programs: Recorded, resident: Any) -> dict[str, Program]:
         found[name] = Program(
             calls=calls[name],
             need=wanted[name],
+            accessed=compiled.cost_analysis()["bytes accessed"],
             collectives=collective_bytes(text),
             buffers=largest_arrays(text, 5),
         )

@@ -23,6 +23,9 @@ def text_of(plan: Plan) -> str:
             f"estimated step: {time.total:.2f} s, {plan.batch_size / time.total:.0f} images/s ({time.bound} bound; an "
             "estimate, not a measurement)"
         )
+    if plan.generate:
+        need = plan.generate.need.total / GIB
+        lines.append(f"generating, one picture a device: {need:.2f} GiB a device")
     return "\n".join(lines)
 
 
