@@ -32,7 +32,7 @@ def lite0_features() -> Callable[[np.ndarray], np.ndarray]:
         raise ValueError(f"{path}: other weights than those of the published figures")
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(path, weights_only=True))
-    net.eval()
+    net.eval().to(memory_format=torch.channels_last)  # two thirds of the time
 
     @torch.inference_mode()
     def features(pictures: np.ndarray) -> np.ndarray:
@@ -40,7 +40,8 @@ def lite0_features() -> Callable[[np.ndarray], np.ndarray]:
         for start in tqdm(range(0, len(pictures), _BATCH), unit="batch", desc="features", leave=False):
             x = torch.from_numpy(pictures[start : start + _BATCH]).permute(0, 3, 1, 2).float()
             x = torch.nn.functional.interpolate(x, (_SIDE, _SIDE), mode="bicubic", antialias=True)
-            parts.append(net.extract_features((x.clamp(0, 255) - 127) / 128).mean((2, 3)).numpy())
+            x = ((x.clamp(0, 255) - 127) / 128).contiguous(memory_format=torch.channels_last)
+            parts.append(net.extract_features(x).mean((2, 3)).numpy())
         return np.concatenate(parts)
 
     return features

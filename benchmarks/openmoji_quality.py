@@ -4,16 +4,17 @@ python benchmarks/openmoji_quality.py --model=bundled --settings=1:1,4:1,25:1,25
 python benchmarks/openmoji_quality.py --model=runs/openmoji/export --settings=1:1 --out=runs/quality.jsonl
 python benchmarks/openmoji_quality.py --model=real --out=runs/quality.jsonl      (the floor: other real pictures)
 
-Adds a line of JSON to --out for each setting, STEPS:GUIDANCE. Prompts, real pictures and noise are the same for all.
+Adds a line of JSON to --out for each setting, STEPS:GUIDANCE, and seed that it does not hold yet. Prompts, real
+pictures and noise are the same for all.
 Needs `pip install -e ".[test,evaluate]"`.
 """
 
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -40,13 +41,15 @@ _CLIP = flags.DEFINE_string("clip", "bundled", "The pipeline whose clip/ scores,
 _COUNT = flags.DEFINE_integer("count", 2000, "Pictures of each side.", lower_bound=2)
 _KIND = flags.DEFINE_enum("kind", "seen", openmoji.PROMPT_KINDS, "Which prompts.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Validation to choose, test to report.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the noise; each gives a line.")
 _SAMPLER = flags.DEFINE_string("sampler", "dpm", "The sampler of more than one step.")
 _FITTED = flags.DEFINE_integer("fitted", 8000, "Real pictures to which the classifier is fitted.")
 _BATCH = 100
 
 
-def drawn(pipeline: sbv2_jax.Pipeline, captions: list[str], steps: int, guidance: float) -> np.ndarray:
+def drawn(
+    pipeline: sbv2_jax.Pipeline, captions: list[str], seed: int, steps: int, guidance: float
+) -> np.ndarray:
     """Returns one picture for each caption, uint8 [N, 64, 64, 3]."""
     parts = []
     for start in tqdm(range(0, len(captions), _BATCH), unit="batch", desc=f"{steps} steps", leave=False):
@@ -55,7 +58,7 @@ def drawn(pipeline: sbv2_jax.Pipeline, captions: list[str], steps: int, guidance
         parts.append(
             pipeline(
                 texts,
-                seed=_SEED.value,
+                seed=seed,
                 indices=indices,
                 steps=steps,
                 guidance=guidance,
@@ -69,39 +72,41 @@ def main() -> None:
     settings = [_setting(text) for text in _SETTINGS.value]
     if not _MODEL.value:
         raise InputError("missing --model (see --help)")
+    seeds = [_whole(text) for text in _SEEDS.value]
     count = _COUNT.value
     everything = openmoji.prompts(_KIND.value, 2 * count, _SPLIT.value)
     prompts, others = everything[:count], everything[count:]
     score = _scorer() if _CLIP.value else None
     features = lite0_features()
     real = features(real_pictures(prompts))
+    out = Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    done = [json.loads(line) for line in lines]
     classifier = Classifier(features, _FITTED.value)
     for model in _MODEL.value:
         pipeline = None if model == "real" else sbv2_jax.load(model)
         # The floor is of real pictures of other prompts.
         asked = others if pipeline is None else prompts
         captions = [one.caption for one in asked]
-        for steps, guidance in [(0, 1.0)] if pipeline is None else settings:
+        wanted = itertools.product(settings, seeds) if pipeline else [((0, 1.0), 0)]
+        for (steps, guidance), seed in wanted:
+            row = {"model": model, "steps": steps, "guidance": guidance, "kind": _KIND.value}
+            row |= {"split": _SPLIT.value, "seed": seed, "count": count}
+            if any(row.items() <= one.items() for one in done):
+                continue
             start = time.perf_counter()
-            pictures = drawn(pipeline, captions, steps, guidance) if pipeline else real_pictures(others)
+            pictures = drawn(pipeline, captions, seed, steps, guidance) if pipeline else real_pictures(others)
             seconds = time.perf_counter() - start
             fake = features(pictures)
             figures = {"fd": frechet_distance(real, fake), "kid_e3": 1e3 * kernel_distance(real, fake)}
             figures |= classifier.accuracy(fake, [one.scene for one in asked])
             figures |= {"clip": score(pictures, captions)} if score else {}
             figures |= {"img_per_s": count / seconds} if pipeline else {}
-            row = {"model": model, "steps": steps, "guidance": guidance, "kind": _KIND.value}
-            row |= {"split": _SPLIT.value, "seed": _SEED.value, "count": count}
-            _add(row | {name: float(f"{value:.5g}") for name, value in figures.items()})
-
-
-def _add(row: dict[str, Any]) -> None:
-    line = json.dumps(row)
-    print(line, flush=True)
-    out = Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as lines:
-        lines.write(line + "\n")
+            line = json.dumps(row | {name: float(f"{value:.5g}") for name, value in figures.items()})
+            print(line, flush=True)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def _scorer() -> Callable[[np.ndarray, list[str]], float]:
@@ -120,6 +125,12 @@ def _setting(text: str) -> tuple[int, float]:
         return int(steps), float(guidance or 1)
     except ValueError:
         raise InputError(f"--settings: {text!r} is not STEPS:GUIDANCE") from None
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise InputError(f"--seeds: {text!r} is not a whole number")
+    return int(text)
 
 
 if __name__ == "__main__":

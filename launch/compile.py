@@ -8,7 +8,7 @@ Exit code 1 where it does not fit, with what would make it fit; that too was com
 import functools
 import os
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from sbv2_jax import cli
@@ -38,6 +38,7 @@ def main() -> int:
     from sbv2_jax.plan.report import text_of
 
     use_cache()
+    logging.set_verbosity(logging.INFO)  # each program as it is compiled, on stderr
     compiled = functools.partial(
         compile_for, topology=_TOPOLOGY.value, workers=_WORKERS.value, effort=_EFFORT.value
     )
