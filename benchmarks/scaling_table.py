@@ -38,12 +38,19 @@ class Row(NamedTuple):
     fsdp: int
 
 
+# All weights on one device, with two sizes of a batch; and shared by eight.
+MEMORY_ROWS = (
+    Row("sd21-base", 512, "v5p:2x2x1", 16, 1),
+    Row("sd21-base", 512, "v5p:2x2x1", 64, 1),
+    Row("sd21-base", 512, "v5e:2x4", 64, 8),
+)
+# GB of a device's memory, and the share of it that a program may take.
+SIZES, SHARE = (16, 32, 80, 141), 0.95
 ONE_BOARD = {"v4:2x2x1": 4, "v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x4": 8}
 ROWS = [
     # configs/tpu_v4.py on 8, 32 and 128 chips
     *(Row("sd21-base", 512, topology, 128, 4) for topology in ("v4:2x2x2", "v4:2x4x4", "v4:4x4x8")),
-    # All weights on every chip: what grows with the batch there, and what does not.
-    *(Row("sd21-base", 512, "v5p:2x2x1", batch, 1) for batch in (16, 64)),
+    *MEMORY_ROWS[:2],
     *(Row("sd21-base", 512, topology, 8 * count, count) for topology, count in ONE_BOARD.items()),
     *(Row("sd15", 512, topology, 8 * count, count) for topology, count in ONE_BOARD.items()),
     *(Row("sdxl", 1024, topology, count, count) for topology, count in ONE_BOARD.items()),
@@ -137,6 +144,19 @@ def scaling_lines(rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
                f"{rates[CHIPS[-1]] / rates[CHIPS[0]] * CHIPS[0] / CHIPS[-1]:.0%}"]  # fmt: skip
 
 
+def memory_lines(rows: dict[str, dict[str, Any]]) -> Iterator[list[Any]]:
+    """Yields what SD 2.1 takes beside the images and for each, and how many fit, where 1 or 8 share the weights."""
+    few, many, shared = (rows.get(name_of(row)) for row in MEMORY_ROWS)
+    if not (few and many and shared):
+        return
+    peak = "GiB a device"
+    of_an_image = (many[peak] - few[peak]) / (many["batch"] - few["batch"]) * few["devices"]
+    for row in (few, shared):
+        fixed = row[peak] - of_an_image * row["batch"] / row["devices"]
+        fit = (max(0, int((SHARE * size * 1e9 / 2**30 - fixed) // of_an_image)) for size in SIZES)
+        yield [row["fsdp"], f"{fixed:.1f}", f"{of_an_image:.2f}", *(count or "none" for count in fit)]
+
+
 def filled(text: str, name: str, body: str) -> str:
     """Returns a page with the lines between the marks of this name replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -168,7 +188,14 @@ def main() -> None:
             *(f"{chips:,} chips" for chips in CHIPS),
             "kept",
         )
-        page.write_text(filled(text, "scaling", table(heads, list(scaling_lines(done)))), encoding="utf-8")
+        text = filled(text, "scaling", table(heads, list(scaling_lines(done))))
+        heads = (
+            "devices that share the weights",
+            "GiB beside images",
+            "GiB an image",
+            *(f"{size} GB" for size in SIZES),
+        )
+        page.write_text(filled(text, "memory", table(heads, list(memory_lines(found)))), encoding="utf-8")
     else:
         compile_missing(path, _ONLY.value)
 
