@@ -203,7 +203,10 @@ def load_theirs(name: str, folder: str, out: str, dtype: str) -> dict[str, Any]:
 
 
 def digests(folder: str) -> dict[str, str]:
-    """Returns the SHA-256 of each tensor's bytes, with its type and shape."""
+    """Returns the SHA-256 of each tensor's bytes, with its type and shape.
+
+    A text tower's names begin with "text_model." in published files and in ours, not in those of transformers 5.
+    """
     from safetensors import safe_open
 
     (path,) = Path(folder).glob("*.safetensors")
@@ -212,7 +215,7 @@ def digests(folder: str) -> dict[str, str]:
         for key in file.keys():  # noqa: SIM118 (a handle, no dictionary)
             tensor = file.get_tensor(key)
             data = hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8))
-            found[key] = f"{tensor.dtype} {tensor.shape} {data.hexdigest()}"
+            found[key.removeprefix("text_model.")] = f"{tensor.dtype} {tensor.shape} {data.hexdigest()}"
     return found
 
 
@@ -254,7 +257,7 @@ def run_theirs(name: str, folder: str) -> np.ndarray:
             output = model(*tensors[:3], added_cond_kwargs=added)
         else:
             output = getattr(model, family.method)(*tensors)
-    for field in ("logits_per_text", "last_hidden_state", "sample"):
+    for field in ("logits_per_image", "last_hidden_state", "sample"):
         if hasattr(output, field):
             output = getattr(output, field)
             break

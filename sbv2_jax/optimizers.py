@@ -6,13 +6,12 @@ import optax
 
 def learning_rate(peak: float, schedule: str, warmup: int, steps: int) -> optax.Schedule:
     """Returns the learning rate by step: linear from 0 over `warmup`, then constant, or a cosine to 0 at `steps`."""
+    after = optax.constant_schedule(peak)
     if schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps)
+        after = optax.cosine_decay_schedule(peak, steps - warmup)
     if warmup == 0:
-        return optax.constant_schedule(peak)
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup]
-    )
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def adamw(

@@ -1,11 +1,24 @@
 """The optimizers' own options, beside what the steps of test_steps.py prove against PyTorch."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from sbv2_jax.optimizers import adamw
+from sbv2_jax.optimizers import adamw, learning_rate
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_learning_rates_rise_and_fall_as_they_should(schedule, warmup):
+    rate = learning_rate(2e-3, schedule, warmup, 20)
+    for step in range(21):
+        share = min(1.0, step / warmup) if warmup else 1.0
+        if schedule == "cosine" and step > warmup:
+            share = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (20 - warmup))
+        assert float(rate(step)) == pytest.approx(2e-3 * share, rel=1e-5, abs=1e-10), step
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -10,7 +10,7 @@ def text_of(plan: Plan) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
         f"{plan.topology}: {plan.devices} devices, mesh {mesh}, batch {plan.batch_size}",
-        f"{plan.flops / plan.batch_size / 1e12:.2f} TFLOP an image, compiled in {plan.seconds:.0f} s",
+        f"{plan.flops / plan.batch_size / 1e12:.3g} TFLOP an image, compiled in {plan.seconds:.0f} s",
         "",
     ]
     if plan.programs:
