@@ -142,6 +142,19 @@ def test_the_largest_arrays_are_named_by_what_makes_them():
     assert largest[0].operation
 
 
+def test_what_a_fusion_computes_inside_is_no_array():
+    """TPUs of this generation compute elementwise in float32, inside the fusion with the product."""
+    _, devices = devices_of("v5e:2x2")
+    whole = NamedSharding(make_mesh(1, 4, 1, devices), PartitionSpec())
+    x = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16, sharding=whole)
+    text = (
+        jax.jit(lambda x, w: jax.nn.gelu(x @ w + 1) * x, out_shardings=whole).lower(x, x).compile().as_text()
+    )
+    assert "f32[2048,2048]" in text
+    shapes = [buffer.shape for buffer in largest_arrays(text, 5)]
+    assert shapes[0] == "bf16[2048,2048]" and "f32[2048,2048]" not in shapes
+
+
 # Topologies and plans
 
 

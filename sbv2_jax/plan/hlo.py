@@ -15,6 +15,7 @@ _OPERATION = re.compile(r'op_name="([^"]*)"')
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r" s32\[\][^ ]* constant\((\d+)\)")
+_FUSED = re.compile(r" fusion\(.*?calls=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:to_apply|calls)=%?([\w.\-]+)")
 
 
@@ -28,16 +29,28 @@ class Buffer:
 
 
 def largest_arrays(text: str, count: int) -> list[Buffer]:
-    """Returns the largest arrays that instructions of the program make, one for each shape and operation."""
+    """Returns the largest arrays that instructions of the program make, one for each shape and operation.
+
+    What a fusion computes inside is never an array in memory.
+    """
+    fused = set(_FUSED.findall(text))
     found: dict[tuple[str, str], Buffer] = {}
+    computation = ""
     for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            computation = header[1]
         instruction = _INSTRUCTION.match(line)
-        if instruction is None or instruction[3] in (
-            "parameter",
-            "tuple",
-            "get-tuple-element",
-            "bitcast",
-            "while",
+        if (
+            instruction is None
+            or computation in fused
+            or instruction[3]
+            in (
+                "parameter",
+                "tuple",
+                "get-tuple-element",
+                "bitcast",
+                "while",
+            )
         ):
             continue
         named = _OPERATION.search(line)
