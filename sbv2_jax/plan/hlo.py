@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_MAKE_NOTHING = ("parameter", "tuple", "get-tuple-element", "bitcast", "while")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
           "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
@@ -40,18 +41,7 @@ def largest_arrays(text: str, count: int) -> list[Buffer]:
         if header := _COMPUTATION.match(line):
             computation = header[1]
         instruction = _INSTRUCTION.match(line)
-        if (
-            instruction is None
-            or computation in fused
-            or instruction[3]
-            in (
-                "parameter",
-                "tuple",
-                "get-tuple-element",
-                "bitcast",
-                "while",
-            )
-        ):
+        if instruction is None or computation in fused or instruction[3] in _MAKE_NOTHING:
             continue
         named = _OPERATION.search(line)
         for array in _ARRAY.finditer(instruction[2]):
