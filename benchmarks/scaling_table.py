@@ -74,7 +74,7 @@ def compile_row(row: Row) -> dict[str, Any]:
     from sbv2_jax.tree import GIB
 
     config = stable_diffusion_21("", {"batch_size": row.batch, "mesh.fsdp": row.fsdp})
-    config.update(architecture=row.model, resolution=row.px, programs="stages")
+    config.update(architecture=row.model, resolution=row.px)
     config.student.init = "teacher"
     start = time.monotonic()
     plan = compile_for(config, row.topology, workers=_WORKERS.value)
