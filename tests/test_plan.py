@@ -284,7 +284,7 @@ def tiny(world: Path, **changes):
     return config
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_a_step_compiles_for_a_topology(world, topology):
     found = plan.compile_for(tiny(world), topology)
     _, run, layout = lay_out(tiny(world), read_parts(tiny(world)), devices_of(topology)[1], None)
