@@ -104,12 +104,12 @@ def compile_for(config: ConfigDict, topology: str, *, workers: int = 1, effort: 
     start, peak, found, generate = time.monotonic(), 0.0, {}, None
     try:
         compile_step(config, run, layout, programs)
+        generate = _compile_generate(run, layout, Recorded(workers, options))
     except JaxRuntimeError as error:
         peak = wanted_bytes(error)
     else:
         found = _programs(programs, layout.abstract)
         peak = max(program.need.total for program in found.values())
-        generate = _compile_generate(run, layout, Recorded(workers, options))
     return Plan(
         topology=topology,
         chip=chip,
