@@ -32,12 +32,14 @@ def main() -> int:
     # No device is used here; libtpu would look for TPUs, and complain.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # jax is loaded only once the flags are right
-    from sbv2_jax.cache import use_cache
+    import jax
+
     from sbv2_jax.plan.advice import advise
     from sbv2_jax.plan.plan import compile_for
     from sbv2_jax.plan.report import text_of
 
-    use_cache()
+    # A program for a TPU that is not here cannot be read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
     logging.set_verbosity(logging.INFO)  # each program as it is compiled, on stderr
     compiled = functools.partial(
         compile_for, topology=_TOPOLOGY.value, workers=_WORKERS.value, effort=_EFFORT.value
