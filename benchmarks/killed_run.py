@@ -18,6 +18,7 @@ from absl import flags
 from safetensors.numpy import load_file
 
 from sbv2_jax import cli
+from sbv2_jax.errors import InputError
 
 _CONFIG = flags.DEFINE_string("config", "configs/openmoji.py", "The run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run that is killed; it may have begun.")
@@ -54,12 +55,16 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 def main() -> int:
     workdir, undisturbed = Path(_WORKDIR.value), Path(_UNDISTURBED.value)
+    if not (undisturbed / UNET).is_file():
+        raise InputError(f"--undisturbed: {undisturbed} holds no complete run")
     train = Path(__file__).parent.parent / "launch" / "train.py"
     command = [sys.executable, str(train), f"--config={_CONFIG.value}", f"--workdir={workdir}"]
     process = subprocess.Popen(command)
     while last_step(workdir) < _KILL_AT.value:
         if process.poll() is not None:
-            raise RuntimeError(f"the run ended by itself, with exit code {process.returncode}")
+            raise InputError(
+                f"the run ended before step {_KILL_AT.value}, with exit code {process.returncode}"
+            )
         time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -41,7 +41,7 @@ _CLIP = flags.DEFINE_string("clip", "bundled", "The pipeline whose clip/ scores,
 _COUNT = flags.DEFINE_integer("count", 2000, "Pictures of each side.", lower_bound=2)
 _KIND = flags.DEFINE_enum("kind", "seen", openmoji.PROMPT_KINDS, "Which prompts.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Validation to choose, test to report.")
-_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the noise; each gives a line.")
+_SEED = flags.DEFINE_multi_integer("seed", [0], "Seed of the noise; may be repeated.", lower_bound=0)
 _SAMPLER = flags.DEFINE_string("sampler", "dpm", "The sampler of more than one step.")
 _FITTED = flags.DEFINE_integer("fitted", 8000, "Real pictures to which the classifier is fitted.")
 _BATCH = 100
@@ -72,7 +72,6 @@ def main() -> None:
     settings = [_setting(text) for text in _SETTINGS.value]
     if not _MODEL.value:
         raise InputError("missing --model (see --help)")
-    seeds = [_whole(text) for text in _SEEDS.value]
     count = _COUNT.value
     everything = openmoji.prompts(_KIND.value, 2 * count, _SPLIT.value)
     prompts, others = everything[:count], everything[count:]
@@ -89,7 +88,7 @@ def main() -> None:
         # The floor is of real pictures of other prompts.
         asked = others if pipeline is None else prompts
         captions = [one.caption for one in asked]
-        wanted = itertools.product(settings, seeds) if pipeline else [((0, 1.0), 0)]
+        wanted = itertools.product(settings, _SEED.value) if pipeline else [((0, 1.0), 0)]
         for (steps, guidance), seed in wanted:
             row = {"model": model, "steps": steps, "guidance": guidance, "kind": _KIND.value}
             row |= {"split": _SPLIT.value, "seed": seed, "count": count}
@@ -125,12 +124,6 @@ def _setting(text: str) -> tuple[int, float]:
         return int(steps), float(guidance or 1)
     except ValueError:
         raise InputError(f"--settings: {text!r} is not STEPS:GUIDANCE") from None
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise InputError(f"--seeds: {text!r} is not a whole number")
-    return int(text)
 
 
 if __name__ == "__main__":

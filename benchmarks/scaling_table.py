@@ -90,11 +90,9 @@ def compile_row(row: Row) -> dict[str, Any]:
         "host GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
     }
     if plan.programs:
-        largest = max(plan.programs, key=lambda name: plan.programs[name].need.total)
         estimate = step_time(plan)
         found |= {
-            "largest in": largest,
-            "buffers": [f"{buffer.shape} {buffer.operation}" for buffer in plan.programs[largest].buffers],
+            "largest in": max(plan.programs, key=lambda name: plan.programs[name].need.total),
             "generate GiB": round(plan.generate.need.total / GIB, 2),
             "moved GiB/step": round(sum(plan.collectives.values()) / GIB, 2),
             "est. s/step": round(estimate.total, 3),

@@ -9,7 +9,7 @@ from sbv2_jax.cache import use_cache
 
 
 @pytest.fixture
-def directory(monkeypatch):
+def directory():
     """Has JAX know no directory; returns a function that asks for the one it knows after `use_cache`."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
@@ -32,6 +32,6 @@ def test_the_users_cache_may_lie_elsewhere(directory, monkeypatch, tmp_path):
     assert directory() == tmp_path / "sbv2_jax"
 
 
-def test_what_jax_was_told_stays(directory, monkeypatch, tmp_path):
+def test_what_jax_was_told_stays(directory, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     assert directory() == tmp_path / "own"
