@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -134,7 +135,9 @@ def measured(function: Callable[[Path], Any], out: str) -> tuple[dict[str, Any],
     seconds, rise, result = [], 0.0, None
     for number in range(REPEATS):
         folder = Path(out) / str(number)
-        result, before, start = None, memory("VmRSS"), time.perf_counter()
+        result = None
+        os.sync()  # what was written before is not for this call to wait for
+        before, start = memory("VmRSS"), time.perf_counter()
         result = function(folder)
         seconds.append(round(time.perf_counter() - start, 2))
         rise = rise if number else memory("VmHWM") - before
