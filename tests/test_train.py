@@ -52,6 +52,7 @@ def fields(world: Path, changes: dict[str, object]) -> dict[str, object]:
         "steps": STEPS,
         "batch_size": 4,
         "score.rank": 2,
+        "score.targets": r".*\.attn[12]\.to_(q|v)",  # its other projections are convolutions
         "ema": 0.9,
         "sample.every": 3,
         "checkpoint.every": 2,
