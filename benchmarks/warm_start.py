@@ -46,14 +46,17 @@ def start(cache: str) -> None:
     )
 
 
-def main() -> None:
+def main() -> int:
     if _HERE.value:
         start(_HERE.value)
-        return
+        return 0
     with tempfile.TemporaryDirectory() as cache:
         for name in ("empty", "full"):
             print(f"{name} cache: ", end="", flush=True)
-            subprocess.run([sys.executable, *sys.argv, f"--here={cache}"], check=True)
+            done = subprocess.run([sys.executable, *sys.argv, f"--here={cache}"], check=False)
+            if done.returncode:
+                return done.returncode
+    return 0
 
 
 if __name__ == "__main__":
