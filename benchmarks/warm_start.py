@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sbv2_jax import cli
+from sbv2_jax.config import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: FILE.py or FILE.py:ARGUMENT.")
 _HERE = flags.DEFINE_string("here", None, "Starts once, in this process, with this cache.")
@@ -47,6 +48,7 @@ def start(cache: str) -> None:
 
 
 def main() -> int:
+    validate(_CONFIG.value)
     if _HERE.value:
         start(_HERE.value)
         return 0
