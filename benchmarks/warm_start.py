@@ -28,13 +28,14 @@ def start(cache: str) -> None:
     import jax
 
     from sbv2_jax.compilation import compile_step, lay_out
+    from sbv2_jax.memory import device_memory
     from sbv2_jax.parts import read_parts
 
     jax.config.update("jax_compilation_cache_dir", cache)
     devices = jax.devices()
     imported = time.perf_counter()
     config = _CONFIG.value
-    config, run, layout = lay_out(config, read_parts(config, dry_run=True), devices, None)
+    config, run, layout = lay_out(config, read_parts(config, dry_run=True), devices, device_memory())
     laid_out = time.perf_counter()
     _, programs = compile_step(config, run, layout)
     compiled = time.perf_counter()
