@@ -17,7 +17,7 @@ from sbv2_jax.models.network import Network
 from sbv2_jax.models.registry import build, network
 from sbv2_jax.models.tiny_vae import TinyVAEConfig
 from sbv2_jax.models.unet import Execution
-from sbv2_jax.parts import Parts
+from sbv2_jax.parts import Parts, latent_side
 from sbv2_jax.schedule import make_schedule
 from sbv2_jax.state import Frozen, TrainState, init_state
 from sbv2_jax.steps import Models, Objective
@@ -86,8 +86,8 @@ def assemble(config: ConfigDict, parts: Parts, core: Core | None = None) -> Run:
     )
     _require_fit(config, parts)
     objective = _objective(config, parts)
-    student_optimizer = _optimizer(config, config.student.lr)
-    score_optimizer = _optimizer(config, config.score.lr)
+    student_optimizer = _optimizer(config, config.student.lr, 1)
+    score_optimizer = _optimizer(config, config.score.lr, config.score.updates_per_step)
 
     dtype = objective.compute_dtype
     teacher_shapes, score_shapes = lora.split(score.shapes)
@@ -173,23 +173,19 @@ def _require_fit(config: ConfigDict, parts: Parts) -> None:
         raise InputError(f"{parts.student.directory} has another number of timesteps than the teacher")
     if config.vsd.t_max >= parts.teacher_schedule.num_train_timesteps:
         raise InputError(f"config.vsd.t_max = {config.vsd.t_max} is beyond the teacher's last timestep")
-    side = _latent_side(config, parts)
+    if parts.decoder and parts.decoder.config.latent_channels != unet.out_channels:
+        raise InputError(
+            f"{parts.decoder.directory} (config.clip.decoder) decodes {parts.decoder.config.latent_channels} "
+            f"latent channels; the teacher has {unet.out_channels}"
+        )
+    side = latent_side(config, parts)
     factor = 2 ** (len(unet.block_out_channels) - 1)
     if side % factor:
         raise InputError(f"config.resolution: latents of {side} x {side} are not a multiple of {factor}")
 
 
-def _latent_side(config: ConfigDict, parts: Parts) -> int:
-    if not config.resolution:
-        return parts.teacher.config.sample_size
-    factor = parts.vae.config.downsampling
-    if config.resolution % factor:
-        raise InputError(f"config.resolution = {config.resolution} is not a multiple of the VAE's {factor}")
-    return config.resolution // factor
-
-
 def _objective(config: ConfigDict, parts: Parts) -> Objective:
-    side = _latent_side(config, parts)
+    side = latent_side(config, parts)
     return Objective(
         steps=config.steps,
         latent_shape=(side, side, parts.teacher.config.in_channels),
@@ -212,10 +208,12 @@ def _objective(config: ConfigDict, parts: Parts) -> Objective:
     )
 
 
-def _optimizer(config: ConfigDict, peak: float) -> optax.GradientTransformation:
+def _optimizer(config: ConfigDict, peak: float, updates_per_step: int) -> optax.GradientTransformation:
     values = config.optimizer
+    # An optimizer counts its own updates, the configuration the run's steps.
+    warmup, updates = values.warmup * updates_per_step, config.steps * updates_per_step
     return optimizers.adamw(
-        optimizers.learning_rate(peak, values.schedule, values.warmup, config.steps),
+        optimizers.learning_rate(peak, values.schedule, warmup, updates),
         b1=values.b1,
         b2=values.b2,
         mu_dtype=DTYPES[values.mu_dtype],

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import optax
 
 
-def learning_rate(peak: float, schedule: str, warmup: int, steps: int) -> optax.Schedule:
-    """Returns the learning rate by step: linear from 0 over `warmup`, then constant, or a cosine to 0 at `steps`."""
+def learning_rate(peak: float, schedule: str, warmup: int, updates: int) -> optax.Schedule:
+    """Returns the rate by update: linear from 0 over `warmup`, then constant, or a cosine to 0 at `updates`."""
     after = optax.constant_schedule(peak)
     if schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, steps - warmup)
+        after = optax.cosine_decay_schedule(peak, updates - warmup)
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])

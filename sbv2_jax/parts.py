@@ -93,6 +93,22 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
     )
 
 
+def latent_side(config: ConfigDict, parts: Parts) -> int:
+    """Returns the height and width of the latents that a run trains with.
+
+    Raises InputError for a resolution that the autoencoder does not divide, and where neither the configuration
+    nor the teacher's UNet says one.
+    """
+    if not config.resolution:
+        if parts.teacher.config.sample_size is None:
+            raise InputError(f"{parts.teacher.directory} does not say its sample_size: set config.resolution")
+        return parts.teacher.config.sample_size
+    factor = parts.vae.config.downsampling
+    if config.resolution % factor:
+        raise InputError(f"config.resolution = {config.resolution} is not a multiple of the VAE's {factor}")
+    return config.resolution // factor
+
+
 def _part(directory: Path) -> Part:
     return Part(config=check_component(directory), directory=directory)
 

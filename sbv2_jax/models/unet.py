@@ -98,6 +98,10 @@ class UNetConfig(ModelConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported; supported: {allowed}")
+        if not isinstance(self.sample_size, int | None):
+            raise ValueError(
+                f"sample_size={self.sample_size!r} is not supported; supported: one whole number"
+            )
         for name in (
             "layers_per_block",
             "cross_attention_dim",
