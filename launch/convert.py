@@ -1,7 +1,7 @@
 """Converts checkpoints: out of a run into diffusers, to and from Orbax and LoRA files, and one with another.
 
 python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=student|ema|teacher] [--base=TEACHER]
-    [--push_to_hub=OWNER/NAME]
+    [--init=START] [--push_to_hub=OWNER/NAME]
 python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR
 python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR
 python launch/convert.py from-openclip --model=DIR --out=DIR
@@ -24,6 +24,7 @@ _MODEL = flags.DEFINE_multi_string(
     "model", None, "A pipeline or UNet directory, a run, or a hub id; merge: several."
 )
 _BASE = flags.DEFINE_string("base", None, "The teacher, where it moved; what a LoRA is extracted against.")
+_INIT = flags.DEFINE_string("init", None, "What the run's student started from, where it moved.")
 _OTHER = flags.DEFINE_string("other", None, "A second model to compare with.")
 _WEIGHT = flags.DEFINE_multi_float("weight", None, "The weight of each model of a merge; they sum to 1.")
 _LORA = flags.DEFINE_string("lora", None, "A LoRA file to fuse.")
@@ -34,7 +35,7 @@ _OUT = flags.DEFINE_string("out", None, "The directory or file to write; nothing
 
 # The flags that each command needs, and those that it may have.
 _COMMANDS = {
-    "to-diffusers": (("run", "out"), ("step", "which", "base", "push_to_hub")),
+    "to-diffusers": (("run", "out"), ("step", "which", "base", "init", "push_to_hub")),
     "to-diffusers --model": (("model", "out"), ()),
     "from-diffusers": (("model", "out"), ()),
     "from-openclip": (("model", "out"), ()),
@@ -64,7 +65,12 @@ def main(command: str) -> None:
         if _PUSH.value is not None:
             hub.check_repository(_PUSH.value, _WHICH.value)
         step = export.export_checkpoint(
-            _RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value, base=_BASE.value
+            _RUN.value,
+            _OUT.value,
+            step=_STEP.value,
+            which=_WHICH.value,
+            base=_BASE.value,
+            init=_INIT.value,
         )
         print(f"wrote {_OUT.value} from step {step}")
         if _PUSH.value is not None:
@@ -73,7 +79,7 @@ def main(command: str) -> None:
             )
             print(f"uploaded {hub.push(_OUT.value, _PUSH.value)}")
     elif command == "lora":
-        step = export.export_lora(_RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value or "student")
+        step = export.export_lora(_RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value)
         print(f"wrote {_OUT.value} from step {step}")
     elif command == "fuse":
         fuse.fuse_file(open_model(model), _LORA.value, _OUT.value, _ALPHA.value)

@@ -12,7 +12,7 @@ from sbv2_jax.convert.lora_files import save_lora
 from sbv2_jax.convert.pipeline import save_pipeline
 from sbv2_jax.convert.unets import save_model
 from sbv2_jax.errors import InputError
-from sbv2_jax.runs import model_of, read_run, student_of
+from sbv2_jax.runs import kept_student, model_of, read_run, student_of
 from sbv2_jax.state import TrainState
 from sbv2_jax.tree import Params
 
@@ -28,7 +28,15 @@ def export_student(run: Run, state: TrainState, directory: Path) -> None:
         return
     scratch = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
-    save_model(scratch, model_of(str(directory), trained, run.parts, run.objective.student_lora_scale))
+    objective = run.objective
+    student = model_of(
+        str(directory),
+        trained,
+        run.parts,
+        lora_scale=objective.student_lora_scale,
+        side=objective.latent_shape[0],
+    )
+    save_model(scratch, student)
     shutil.rmtree(directory, ignore_errors=True)
     scratch.rename(directory)
 
@@ -40,6 +48,7 @@ def export_checkpoint(
     step: int | None = None,
     which: str | None = None,
     base: str | None = None,
+    init: str | None = None,
 ) -> int:
     """Writes a model of a run's checkpoint as a pipeline; returns the checkpoint's step.
 
@@ -49,7 +58,8 @@ def export_checkpoint(
       step: the step to take; without it, the newest one that verifies.
       which: "student" or "ema", which are written as `export_student` does, or "teacher", the pipeline that
         the run distils; without it, the average where the run keeps one.
-      base: the teacher's pipeline, where it is no longer where the run found it.
+      base, init: the teacher's pipeline and what the student started from, where they are no longer where the
+        run found them.
 
     Raises InputError as `student_of` does; nothing is written then.
     """
@@ -59,20 +69,25 @@ def export_checkpoint(
         found, _, config = read_run(run, step, "step")
         save_pipeline(out, base=base or config.teacher)
         return found
-    found, student = student_of(run, step=step, which=which, base=base)
+    found, student = student_of(run, step=step, which=which, base=base, init=init)
     save_model(out, student)
     return found
 
 
-def export_lora(run: str | Path, out: str | Path, *, step: int | None = None, which: str = "student") -> int:
+def export_lora(
+    run: str | Path, out: str | Path, *, step: int | None = None, which: str | None = None
+) -> int:
     """Writes a LoRA of a run's checkpoint as a file for diffusers and PEFT; returns the checkpoint's step.
 
-    `which` is "student", "ema" (the student's average) or "score", the LoRA on the teacher.
+    `which` is "student", "ema" (the student's average) or "score", the LoRA on the teacher; without it, the
+    average where the run keeps one.
     Raises InputError as `export_checkpoint` does, for a student of which all weights were trained, and where
     the file exists.
     """
     if which == "teacher":
         raise InputError("--which=teacher is no LoRA; convert to-diffusers writes it")
+    if which is None:
+        which = kept_student(read_run(run, step, "step")[2])
     found, trained, config = read_run(run, step, f"{which}.")
     if which != "score" and config.student.mode != "lora":
         raise InputError(

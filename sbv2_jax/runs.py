@@ -1,5 +1,6 @@
 """What a run's checkpoints hold: its arrays, its configuration, and its student as a model."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ from sbv2_jax.convert import unets
 from sbv2_jax.convert.students import student_model
 from sbv2_jax.convert.unets import Model
 from sbv2_jax.errors import InputError
-from sbv2_jax.parts import Parts, read_parts
+from sbv2_jax.parts import Parts, latent_side, read_parts
 
 CHECKPOINTS = "checkpoints"
 # What a configuration must say for its checkpoint to be converted.
 _NEEDED = (
     "teacher",
     "architecture",
+    "resolution",
     "student.init",
     "student.mode",
     "student.lora.rank",
@@ -43,14 +45,20 @@ def read_run(run: str | Path, step: int | None, prefix: str) -> tuple[int, dict[
 
 
 def student_of(
-    run: str | Path, *, step: int | None = None, which: str | None = None, base: str | None = None
+    run: str | Path,
+    *,
+    step: int | None = None,
+    which: str | None = None,
+    base: str | None = None,
+    init: str | None = None,
 ) -> tuple[int, Model]:
     """Returns a checkpoint's step and its student, in the teacher's pipeline.
 
     Args:
       run, step: as for `read_run`.
       which: "student" or "ema"; without it, the average where the run keeps one.
-      base: the teacher's pipeline, where it is no longer where the run found it.
+      base, init: the teacher's pipeline and what the student started from, where they are no longer where the
+        run found them.
 
     Raises InputError as `read_run` does, and for parts that are missing or do not fit.
     """
@@ -60,9 +68,14 @@ def student_of(
     found, trained, config = read_run(run, step, f"{which}.")
     if base is not None:
         config.teacher = base
+    if init is not None:
+        config.student.init = init
     config.clip.model = ""  # its loss is not needed any more
     lora = config.student.lora
-    return found, model_of(str(run), trained, read_parts(config), lora.alpha / lora.rank)
+    parts = read_parts(config)
+    return found, model_of(
+        str(run), trained, parts, lora_scale=lora.alpha / lora.rank, side=latent_side(config, parts)
+    )
 
 
 def kept_student(config: ConfigDict) -> str:
@@ -70,13 +83,18 @@ def kept_student(config: ConfigDict) -> str:
     return "ema" if config.ema else "student"
 
 
-def model_of(name: str, trained: dict[str, np.ndarray], parts: Parts, lora_scale: float) -> Model:
-    """Returns a run's student, of these weights or factors of its LoRA, in the teacher's pipeline."""
+def model_of(
+    name: str, trained: dict[str, np.ndarray], parts: Parts, *, lora_scale: float, side: int
+) -> Model:
+    """Returns a run's student, of these weights or factors of its LoRA, in the teacher's pipeline.
+
+    `side` is that of the latents that it was trained with, which it draws unless asked for others.
+    """
     return student_model(
         name,
         trained,
         base=parts.pipeline,
-        config=parts.student.config,
+        config=dataclasses.replace(parts.student.config, sample_size=side),
         schedule=parts.student_schedule,
         init=parts.student.directory,
         lora_scale=lora_scale,

@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 from absl import flags
@@ -17,6 +18,7 @@ from made_run import ROOT, STEP, Made, command, make_run
 from safetensors.numpy import load_file, save_file
 from tiny_pipeline import write_pipeline
 
+import sbv2_jax
 from sbv2_jax import lora
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.convert import listing
@@ -165,6 +167,46 @@ def test_a_teacher_that_moved_is_named_by_base(world, low, tmp_path):
     finally:
         hidden.rename(world / "pipeline")
     assert files_of(tmp_path / "out") == files_of(low.directory / "export")
+
+
+def test_a_start_that_moved_is_named_by_init(world, tmp_path):
+    start = Path(shutil.copytree(world / "pipeline" / "unet", tmp_path / "start"))
+    made = make_run(world, "from_elsewhere", **{"student.init": str(start)})
+    start.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="start does not exist"):
+        export_checkpoint(made.directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    code, _, err = command(
+        "to-diffusers",
+        f"--run={made.directory}",
+        f"--out={tmp_path / 'out'}",
+        f"--init={tmp_path / 'moved'}",
+    )
+    assert code == 0, err
+    assert files_of(tmp_path / "out") == files_of(made.directory / "export")
+
+
+def test_what_was_trained_at_another_size_is_drawn_at_it(world, tmp_path):
+    """A student of 48 px in the pipeline of a teacher that was made for 32: diffusers and we draw 48."""
+    made = make_run(world, "larger", resolution=48)
+    export_checkpoint(made.directory, tmp_path / "out")
+    assert load_component(world / "pipeline" / "unet").config.sample_size == 8
+    for export in (made.directory / "export", tmp_path / "out"):
+        assert load_component(export / "unet").config.sample_size == 12
+    assert sbv2_jax.load(tmp_path / "out")(["a red apple"]).shape == (1, 48, 48, 3)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    theirs.set_progress_bar_config(disable=True)
+    (picture,) = theirs("a red apple", num_inference_steps=1, guidance_scale=0).images
+    assert picture.size == (48, 48)
+
+
+def test_a_lora_is_the_averaged_one_where_the_run_keeps_an_average(world, tmp_path):
+    made = make_run(world, "averaged", **{"student.mode": "lora"})
+    for which, factors in ((None, made.state.ema), ("student", made.state.student)):
+        file = tmp_path / f"{which}.safetensors"
+        assert export_lora(made.directory, file, which=which) == STEP
+        got = read_lora(file).factors
+        assert all(np.array_equal(got[name], factors[name]) for name in factors)
 
 
 def test_the_students_lora_fused_is_the_export(convert, world, low, tmp_path):
