@@ -24,7 +24,7 @@ from sbv2_jax.fields import (
 )
 
 # Fields that a resumed run may change freely: they alter no number of a step by more than rounding.
-MAY_CHANGE = ("steps", "checkpoint", "sample", "mesh", "remat", "attention", "programs", "student.lora.init")
+_MAY_CHANGE = ("checkpoint", "sample", "mesh", "remat", "attention", "programs", "student.lora.init")
 
 # Which leaves are split over which axes: see `config.mesh.rules` and `sharding.py`.
 DEFAULT_RULES = (
@@ -193,10 +193,10 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
     """
     chosen = words(argument, "lora", "runlocal")
     config = default_config()
-    config.teacher = "checkpoints/stable-diffusion-2-1-base"
+    config.teacher = "./checkpoints/stable-diffusion-2-1-base"
     config.architecture = "sd21-base"
     config.resolution = 512
-    config.student.init = "checkpoints/sd-turbo"
+    config.student.init = "./checkpoints/sd-turbo"
     config.prompts = "data/prompts.txt"
     config.precision = "bfloat16"
     config.remat = "block"
@@ -204,8 +204,8 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
     if "lora" in chosen:
         config.student.mode = "lora"
         config.student.lr = 1e-3
-        config.clip.model = "checkpoints/clip-vit-base-patch32"
-        config.clip.decoder = "checkpoints/taesd"
+        config.clip.model = "./checkpoints/clip-vit-base-patch32"
+        config.clip.decoder = "./checkpoints/taesd"
         config.clip.weight = 0.1
     config.update_from_flattened_dict(machine)
     if "runlocal" in chosen:
@@ -238,6 +238,15 @@ def validate(config: ConfigDict) -> None:
     for wrong, message in _conflicts(config):
         if wrong:
             raise InputError(message)
+
+
+def may_change(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the fields, or groups of them, that a resumed run may change.
+
+    The number of steps is one of them where neither a learning rate nor a weight falls towards the last.
+    """
+    falls = config.optimizer.schedule == "cosine" or config.clip.weight > 0
+    return _MAY_CHANGE if falls else ("steps", *_MAY_CHANGE)
 
 
 def check_mesh(config: ConfigDict, device_count: int) -> tuple[int, int, int]:

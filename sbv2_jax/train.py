@@ -15,7 +15,7 @@ from sbv2_jax.assemble import Run, assemble
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.checkpoint.files import step_numbers
 from sbv2_jax.compilation import compile_step, lay_out
-from sbv2_jax.config import MAY_CHANGE, validate
+from sbv2_jax.config import may_change, validate
 from sbv2_jax.data.prompts import PromptSource, open_prompts, prompt_batches
 from sbv2_jax.errors import InputError
 from sbv2_jax.export import export_student
@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
             keep=config.checkpoint.keep,
             config=config.to_dict(),
             fingerprint=source.fingerprint(),
-            may_change=MAY_CHANGE,
+            may_change=may_change(config),
             force=force,
         )
     with checkpoints, Preemption() as preemption:

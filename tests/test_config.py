@@ -9,11 +9,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from sbv2_jax import fields
-from sbv2_jax.config import FIELDS, check_mesh, default_config, validate
+from sbv2_jax.config import FIELDS, check_mesh, default_config, may_change, validate
+from sbv2_jax.convert.resolve import is_hub_id
 from sbv2_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = [ROOT / "configs" / f"{name}.py" for name in ("gpu", "openmoji", "tpu_v4")]
+# All but the one of launch/pretrain.py.
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "openmoji_teacher")
 
 
 def with_field(name: str, value) -> ConfigDict:
@@ -69,6 +71,25 @@ def test_the_second_training_has_lora_and_clip():
         config = fields.load(f"{ROOT}/configs/{name}.py:lora")
         validate(config)
         assert config.student.mode == "lora" and config.clip.weight == 0.1 and config.clip.model
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_model_of_a_config_file_is_asked_of_the_hub(path):
+    """Who has not put a checkpoint where the file expects it is told so, and is not given a stranger's."""
+    config = fields.load(f"{path}:lora")
+    names = (config.teacher, config.student.init, config.clip.model, config.clip.decoder)
+    assert all(names) and not any(map(is_hub_id, names))
+
+
+@pytest.mark.parametrize(
+    ("changes", "free"),
+    [({}, True), ({"optimizer.schedule": "cosine"}, False), ({"clip.weight": 0.1}, False)],
+)
+def test_the_number_of_steps_may_change_where_nothing_falls_towards_the_last(changes, free):
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    assert ("steps" in may_change(config)) == free
+    assert "mesh" in may_change(config) and "student.lr" not in may_change(config)
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_a_run_of_another_configuration_is_refused_unless_forced(world, straight
     shutil.copytree(straight[0], tmp_path / "run")
     changed = command(world, tmp_path / "run", **{"vsd.guidance": 2.5, "steps": STEPS + 1})
     code, _, err = run(changed)
-    assert code == 2 and "vsd.guidance" in err and err.count("\n") == 1
+    assert code == 2 and "vsd.guidance" in err and "--force" in err and err.count("\n") == 1
     code, _, err = run([*changed, "--force"])
     assert code == 0, err
     assert len(metrics(tmp_path / "run")) == STEPS + 1

@@ -198,7 +198,7 @@ class Checkpoints:
         if changed and not self._force:
             raise InputError(
                 f"{directory} was saved by another configuration: {'; '.join(changed)} "
-                "(use another directory, or force the resume)"
+                "(use another directory, or --force to go on with what is said now)"
             )
 
     def wait(self) -> None:
