@@ -189,7 +189,7 @@ def main() -> None:
         text = filled(text, "scaling", table(heads, list(scaling_lines(done))))
         heads = (
             "devices that share the weights",
-            "GiB beside images",
+            "GiB without images",
             "GiB an image",
             *(f"{size} GB" for size in SIZES),
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sbv2_jax.assemble import Run
@@ -16,16 +17,25 @@ from sbv2_jax.runs import kept_student, model_of, read_run, student_of
 from sbv2_jax.state import TrainState
 from sbv2_jax.tree import Params
 
+# For weights of gigabytes, on a slow file system.
+_EXPORT_SECONDS = 3600
+
 
 def export_student(run: Run, state: TrainState, directory: Path) -> None:
     """Writes the student, averaged where the run keeps an average, as a pipeline for one step in diffusers.
 
     The other parts are the teacher's. The student's weights are float32; a LoRA is merged into its base in
-    float32. An older export of the same run is replaced.
+    float32. An older export of the same run is replaced. Process 0 writes, and the others wait for it: one that
+    ended at once would have the first ended too, after five minutes.
     """
     trained = _on_host(state.ema or state.student)
-    if jax.process_index() != 0:
-        return
+    if jax.process_index() == 0:
+        _write_student(run, trained, directory)
+    everyone = set(range(jax.process_count()))
+    ocp.multihost.sync_global_processes("exported", timeout=_EXPORT_SECONDS, processes=everyone)
+
+
+def _write_student(run: Run, trained: dict[str, np.ndarray], directory: Path) -> None:
     scratch = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
     objective = run.objective

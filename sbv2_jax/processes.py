@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -68,6 +70,23 @@ def require_same(name: str, value: str) -> None:
     others = [str(number) for number, each in enumerate(digests) if each != digests[0]]
     if others:
         raise InputError(f"{name} of process(es) {', '.join(others)} is not that of process 0")
+
+
+def require_shared(directory: Path) -> None:
+    """Raises InputError, in every process, unless all see this directory, which process 0 has made."""
+    if jax.process_count() == 1:
+        return
+    mark = directory / _shared(f".seen-{uuid.uuid4().hex}")[0]
+    if jax.process_index() == 0:
+        mark.touch()
+    _shared("")  # it is there
+    blind = [str(number) for number, seen in enumerate(_shared(str(mark.exists()))) if seen != str(True)]
+    if jax.process_index() == 0:
+        mark.unlink()
+    if blind:
+        raise InputError(
+            f"{directory} of process(es) {', '.join(blind)} is not that of process 0: give one that all machines share"
+        )
 
 
 def _shared(text: str) -> list[str]:

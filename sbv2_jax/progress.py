@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sbv2_jax import lora
 from sbv2_jax.assemble import Run
@@ -12,13 +13,16 @@ from sbv2_jax.convert.component import load_component
 from sbv2_jax.generators import student_of, teacher_of
 from sbv2_jax.inference import Generator, GeneratorParams, generate, initial_noise, to_uint8
 from sbv2_jax.pictures import grid, save_png
-from sbv2_jax.sharding import shardings
+from sbv2_jax.sharding import batch_sharding, shardings
 from sbv2_jax.state import Frozen, TrainState
 from sbv2_jax.tokenizer import Tokenizer, TokenizerPair
 from sbv2_jax.tree import Params, cast
 from sbv2_jax.weights import place
 
 TEACHER_STEPS = 25
+# So many pixels of latents a device draws at a time: one picture of 512 px, or all prompts of a small world.
+AT_A_TIME = 64 * 64
+_STATIC = ("generator", "steps", "guidance", "sampler")
 
 
 class ProgressGrid:
@@ -36,8 +40,15 @@ class ProgressGrid:
         self._teacher, self._student = teacher_of(run), student_of(run)
         host = load_component(run.parts.vae.directory, dtype=run.objective.compute_dtype).params
         self._vae = place(host, shardings(self._student.vae.shapes, mesh))
-        self._ids = tokenizer.encode(prompts), tokenizer.encode([""])[0]
-        self._noise = initial_noise(run.seed, range(len(prompts)), run.objective.latent_shape)
+        self._ids, self._null_ids = tokenizer.encode(prompts), tokenizer.encode([""])[0]
+        self._noise = np.asarray(initial_noise(run.seed, range(len(prompts)), run.objective.latent_shape))
+        self._sharding = batch_sharding(mesh)
+        of_a_device = max(1, AT_A_TIME // run.objective.latent_shape[0] ** 2)
+        self._at_a_time = mesh.size * min(of_a_device, -(-len(prompts) // mesh.size))
+        # Every process has all pictures, whatever devices drew them.
+        self._generate = jax.jit(
+            generate, static_argnames=_STATIC, out_shardings=NamedSharding(mesh, PartitionSpec())
+        )
         self._columns = {
             f"teacher, {TEACHER_STEPS} steps": self._pictures(
                 self._teacher, frozen.teacher, steps=TEACHER_STEPS, guidance=run.objective.guidance
@@ -56,10 +67,16 @@ class ProgressGrid:
 
     def _pictures(self, generator: Generator, unet: Params, **settings: float) -> np.ndarray:
         params = GeneratorParams(unet=unet, text_encoder=self._frozen.text_encoder, vae=self._vae)
-        return to_uint8(_generate(generator, params, *self._ids, self._noise, **settings))
-
-
-_generate = jax.jit(generate, static_argnames=("generator", "steps", "guidance", "sampler"))
+        count, pictures = len(self._prompts), []
+        for start in range(0, count, self._at_a_time):
+            # The last ones are filled up, so that one compiled program draws all.
+            chosen = np.minimum(np.arange(start, start + self._at_a_time), count - 1)
+            inputs = {"ids": self._ids[chosen], "noise": self._noise[chosen]}
+            inputs = place(inputs, dict.fromkeys(inputs, self._sharding))
+            pictures.append(
+                self._generate(generator, params, inputs["ids"], self._null_ids, inputs["noise"], **settings)
+            )
+        return np.concatenate([to_uint8(each) for each in pictures])[:count]
 
 
 def student_weights(run: Run, trained: Params, base: Params) -> Params:

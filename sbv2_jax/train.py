@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from sbv2_jax import processes
 from sbv2_jax.assemble import Run, assemble
 from sbv2_jax.checkpoint import Checkpoints
-from sbv2_jax.checkpoint.files import step_numbers
+from sbv2_jax.checkpoint.files import mounted, step_numbers
 from sbv2_jax.compilation import compile_step, lay_out
 from sbv2_jax.config import may_change, validate
 from sbv2_jax.data.prompts import PromptSource, open_prompts, prompt_batches
@@ -43,10 +43,10 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
     Raises InputError for whatever is wrong with the input, before anything is written.
     """
     validate(config)
+    workdir = mounted(workdir)
     if dry_run:
         print(dry_run_report(config, assemble(config, read_parts(config, dry_run=True))))
         return 0
-    workdir = Path(workdir)
     with processes.together():
         prepared = prepare(config, workdir)
     processes.require_same("the configuration", config.to_json_best_effort())
@@ -63,6 +63,7 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
             may_change=may_change(config),
             force=force,
         )
+    processes.require_shared(workdir)
     with checkpoints, Preemption() as preemption:
         restored = checkpoints.restore(layout.abstract[0])
         first, state = restored[:2] if restored else (0, load_state(run, layout.state, start))

@@ -1,5 +1,6 @@
 """Several processes of the real command on one machine, over gloo, against one process."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,8 +26,11 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def launch(count: int, world: Path, workdir: Path, *flags: str, **changes) -> list[subprocess.Popen]:
-    """Starts the processes of one run; `changes` may hold a list of values, one for each process."""
+def launch(
+    count: int, world: Path, workdir: Path | list[Path], *flags: str, **changes
+) -> list[subprocess.Popen]:
+    """Starts the processes of one run; `workdir` and `changes` may be lists of values, one for each process."""
+    workdirs = workdir if isinstance(workdir, list) else [workdir] * count
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -34,7 +38,9 @@ def launch(count: int, world: Path, workdir: Path, *flags: str, **changes) -> li
     for index in range(count):
         own = {name: value[index] if isinstance(value, list) else value for name, value in changes.items()}
         joined = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
-        processes.append(start(command(world, workdir, *(joined if count > 1 else []), *flags, **own)))
+        processes.append(
+            start(command(world, workdirs[index], *(joined if count > 1 else []), *flags, **own))
+        )
     return processes
 
 
@@ -47,7 +53,7 @@ def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    [(code, error)] = ended(launch(1, world, workdir, **SMALL))
+    [(code, error)] = ended(launch(1, world, workdir, **SMALL | {"checkpoint.every": 1}))
     assert code == 0, error
     return workdir
 
@@ -87,6 +93,28 @@ def test_another_configuration_of_a_process_is_refused(world, tmp_path):
     for code, error in found:
         assert code == 2
         assert error.splitlines()[-1] == "error: the configuration of process(es) 1 is not that of process 0"
+
+
+def test_a_directory_that_is_not_shared_is_refused(world, tmp_path):
+    found = ended(launch(2, world, [tmp_path / "here", tmp_path / "there"], **SMALL))
+    assert [code for code, _ in found] == [2, 2]
+    for (_, error), own in zip(found, ("here", "there"), strict=True):
+        assert f"{own} of process(es) 1 is not that of process 0" in error.splitlines()[-1]
+    assert not (tmp_path / "there").exists() and not list((tmp_path / "here").glob(".seen*"))
+
+
+def test_processes_fall_back_together_where_shards_are_damaged(world, alone, tmp_path):
+    """Each reads its own shards; one that cannot must not leave the other waiting."""
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "checkpoints" / "3" / "state").rglob("d/*"):
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    found = ended(launch(2, world, tmp_path, **SMALL, **{"mesh.fsdp": 2}))
+    for code, error in found:
+        assert code == 0, error
+        assert "skipped checkpoint" in error
+    for line, want in zip(metrics(tmp_path), metrics(alone), strict=True):
+        assert line["loss/vsd"] == pytest.approx(want["loss/vsd"], rel=2e-4)
 
 
 def test_sigterm_to_one_process_stops_all_after_one_step(world, tmp_path):

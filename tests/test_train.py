@@ -256,6 +256,18 @@ def test_the_command_says_what_is_wrong_in_one_line_with_exit_code_2(world, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_has_diverged_ends_and_keeps_what_was_good(world, tmp_path):
+    """A rate that overflows float32 at the second step: each step after is skipped, and twenty are enough."""
+    changes = {"student.lr": 1e30, "steps": 100, "sample.every": 0, "checkpoint.every": 1000}
+    code, _, err = run(command(world, tmp_path, **changes))
+    assert code == 2 and err.splitlines()[-1].startswith(
+        "error: the loss or its gradient was not finite in 20 steps"
+    )
+    skipped = [line["skipped"] for line in metrics(tmp_path)]
+    assert skipped == [0.0] + [1.0] * 20
+    assert not (tmp_path / "export").exists()
+
+
 def test_a_run_of_another_configuration_is_refused_unless_forced(world, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     changed = command(world, tmp_path / "run", **{"vsd.guidance": 2.5, "steps": STEPS + 1})

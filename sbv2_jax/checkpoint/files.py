@@ -13,17 +13,28 @@ from sbv2_jax.errors import InputError
 PARTIAL = ".partial"
 
 
+def mounted(directory: str | Path) -> Path:
+    """Returns the path of a directory; raises InputError for an address, such as that of a bucket."""
+    if "://" in str(directory):
+        raise InputError(f"{directory} is an address: give a directory of a mounted file system")
+    return Path(directory)
+
+
 def open_directory(directory: Path) -> TextIO:
     """Creates the directory, locks it for this process and clears what a killed one left half-written.
 
     Returns the open lock file; the lock ends when it is closed or the process dies.
-    Raises InputError where another process holds the lock or where the directory cannot be written.
+    Raises InputError where another process holds the lock, and where the directory cannot be written or does not
+    rename others, as a bucket's may not.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = _lock(directory)
         shutil.rmtree(directory / PARTIAL, ignore_errors=True)
-        (directory / PARTIAL).mkdir(exist_ok=True)
+        probe = directory / PARTIAL / "probe"
+        probe.mkdir(parents=True)
+        (probe / "file").touch()
+        shutil.rmtree(probe.rename(probe.with_name("renamed")))
     except OSError as error:
         raise InputError(f"cannot write checkpoints to {directory}: {error.strerror or error}") from error
     return lock

@@ -90,12 +90,16 @@ def read_verified(directory: Path, manifest: Manifest, targets: Flat) -> Flat:
     item = {name: _abstract(manifest, name, target) for name, target in targets.items()}
     restore_args = {name: _restore_args(item[name], target) for name, target in targets.items()}
     reason = ""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-            leaves = checkpointer.restore((directory / "state").absolute(), args=args)
-        except Exception as error:  # noqa: BLE001 (damaged files raise whatever their decoder raises)
-            reason = f"unreadable: {_first_line(error)}"
+    # Not within a Checkpointer: its restore ends in a barrier, where a process that could read its own shards would
+    # wait for one that could not.
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+        leaves = handler.restore((directory / "state").absolute(), args=args)
+    except Exception as error:  # noqa: BLE001 (damaged files raise whatever their decoder raises)
+        reason = f"unreadable: {_first_line(error)}"
+    finally:
+        handler.close()
     _raise_together(reason)
     # A few leaves at a time: the host never holds a second copy of the whole state.
     names, found = list(targets), {}

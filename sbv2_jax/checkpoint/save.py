@@ -18,6 +18,7 @@ from sbv2_jax.checkpoint.files import (
     discard,
     file_sizes,
     fsync_tree,
+    mounted,
     open_directory,
     publish,
     step_numbers,
@@ -71,9 +72,7 @@ class Checkpoints:
 
         Raises InputError where another process holds the directory or where it cannot be written.
         """
-        if "://" in str(directory):
-            raise InputError(f"checkpoints need a mounted file system, not {directory}")
-        self._directory = Path(directory).absolute()
+        self._directory = mounted(directory).absolute()
         self._keep = max(1, keep)
         self._config = config
         self._fingerprint = fingerprint
@@ -114,7 +113,11 @@ class Checkpoints:
         for leaf in leaves.values():
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()
-        hosts = {name: host_copy(leaf) for name, leaf in leaves.items()}
+        hosts = {}
+        for name, leaf in leaves.items():
+            copy = host_copy(leaf)  # by all processes together
+            if self._primary:
+                hosts[name] = copy
         try:
             self._checkpointer.save(
                 self._directory / PARTIAL / str(step),
@@ -130,7 +133,7 @@ class Checkpoints:
 
     def _finish(self, manifest: Manifest, hosts: dict[str, np.ndarray]) -> None:
         try:
-            described = describe(hosts) if self._primary else {}
+            described = describe(hosts)
             hosts.clear()
             self._checkpointer.wait_until_finished()
             if self._primary:
@@ -198,7 +201,7 @@ class Checkpoints:
         if changed and not self._force:
             raise InputError(
                 f"{directory} was saved by another configuration: {'; '.join(changed)} "
-                "(use another directory, or --force to go on with what is said now)"
+                "(use another directory, or launch/train.py's --force)"
             )
 
     def wait(self) -> None:

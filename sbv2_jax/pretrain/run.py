@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from sbv2_jax.checkpoint.files import mounted
 from sbv2_jax.data.identities import identities
 from sbv2_jax.errors import InputError
 from sbv2_jax.pretrain import settings
@@ -22,7 +23,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str) -> Path:
     extra, and where the workdir holds a run of other settings.
     """
     settings.validate(config)
-    workdir = Path(workdir)
+    workdir = mounted(workdir)
     world = open_world(
         workdir / "world", pictures=config.pictures, phrasings=config.phrasings, seed=config.seed
     )
