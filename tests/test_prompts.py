@@ -1,6 +1,7 @@
 """Prompt sources and the stream of batches: reading, refusing, resuming, memory."""
 
 import itertools
+import json
 import os
 import pickle
 import tracemalloc
@@ -167,6 +168,39 @@ def test_array_records_are_read_and_broken_ones_named(tmp_path):
     blank = open_prompts(records(tmp_path / "blank.array_record", ["a", " "]))
     with pytest.raises(InputError, match="record 1: a blank prompt"):
         everything(blank)
+
+
+INFO = {"fileFormat": "array_record", "splits": [{"name": "train"}]}
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ("{", r"dataset_info\.json is not readable JSON"),
+        ("[]", r"dataset_info\.json holds list, an object was expected"),
+        ({"fileFormat": "tfrecord"}, "in another format"),
+        ({"fileFormat": "array_record"}, r"dataset_info\.json names no splits"),
+        (INFO | {"splits": ["train"]}, r"dataset_info\.json names no splits"),
+        (INFO | {"splits": [{"name": "test"}]}, "no split 'train': it has test"),
+        (INFO, "its split 'train' has no array_record files"),
+    ],
+)
+def test_a_broken_tfds_directory_is_one_line(tmp_path, info, message):
+    write(tmp_path / "dataset_info.json", info if isinstance(info, str) else json.dumps(info))
+    with pytest.raises(InputError, match=message) as caught:
+        open_prompts(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("features", [None, "{", "{}"])
+def test_the_features_of_a_tfds_directory_are_named_when_they_cannot_be_read(tmp_path, features):
+    records(tmp_path / "d-train.array_record-00000-of-00001", ["x"])
+    write(tmp_path / "dataset_info.json", json.dumps(INFO))
+    if features is not None:
+        write(tmp_path / "features.json", features)
+    with pytest.raises(InputError, match=r"features\.json") as caught:
+        open_prompts(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_openmoji_captions_by_name():

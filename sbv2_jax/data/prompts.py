@@ -1,7 +1,6 @@
 """Prompts for distillation: sources of text, and the endless stream of batches that training reads."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Protocol, SupportsIndex
 
 import grain
 
+from sbv2_jax.convert.files import read_json
 from sbv2_jax.data.text_prompts import TextPrompts, decode
 from sbv2_jax.errors import InputError
 
@@ -105,20 +105,29 @@ def _line(error: Exception) -> str:
 
 
 def _tfds_files(path: Path, split: str) -> list[Path]:
-    info = json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))
+    info = read_json(path / "dataset_info.json")
     if info.get("fileFormat") != "array_record":
         raise InputError(f"{path}: a TFDS directory in another format: prepare it with array_record")
-    splits = [one["name"] for one in info["splits"]]
+    try:
+        splits = [str(one["name"]) for one in info["splits"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path / 'dataset_info.json'} names no splits") from error
     if split not in splits:
         raise InputError(f"{path}: no split {split!r}: it has {', '.join(splits)}")
-    return sorted(path.glob(f"*-{split}.array_record*"))
+    files = sorted(path.glob(f"*-{split}.array_record*"))
+    if not files:
+        raise InputError(f"{path}: its split {split!r} has no array_record files here")
+    return files
 
 
 def _tfds_caption(path: Path):
     """Returns a function from a record of this TFDS directory to its caption; no picture is decoded."""
     import tensorflow_datasets as tfds
 
-    features = tfds.features.FeaturesDict.from_config(str(path))
+    try:
+        features = tfds.features.FeaturesDict.from_config(str(path))
+    except Exception as error:  # tfds raises whatever the parsing met
+        raise InputError(f"{path}: its features.json cannot be read: {_line(error)}") from error
     if "caption" not in features:
         raise InputError(f"{path}: its features {sorted(features)} have no caption")
     captions = tfds.features.FeaturesDict({"caption": features["caption"]})
