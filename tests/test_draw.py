@@ -164,6 +164,29 @@ def test_a_seed_beyond_32_bits_is_refused_on_the_command_line(tmp_path):
     assert f"--seed={2**32}" in done.stderr
 
 
+@pytest.mark.parametrize("limit", [100, 0])
+def test_a_picture_that_finds_no_room_is_one_line_and_leaves_nothing(tmp_path, limit):
+    script = """
+import resource, sys
+import numpy as np
+from sbv2_jax import cli
+from sbv2_jax.pictures import save_png
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)  # as on a full disk
+    save_png(sys.argv[1], np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+try:
+    main()
+except cli.InputError as error:
+    cli.fail(str(error))
+"""
+    path = tmp_path / "one.png"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path), str(limit)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (2, f"error: cannot write {path}: File too large\n")
+    assert not any(tmp_path.iterdir())
+
+
 def test_prompts_that_are_cut_are_told(model, tmp_path, caplog):
     draw(model, str(tmp_path / "one.png"), **SETTINGS | {"prompts": ["dog " * 40, "dog"]})
     assert "1 of 2 prompts are longer than 12 tokens and are cut" in caplog.text
