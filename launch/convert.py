@@ -4,7 +4,7 @@ python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=st
     [--init=START] [--push_to_hub=OWNER/NAME]
 python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR
 python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR
-python launch/convert.py from-openclip --model=DIR --out=DIR
+python launch/convert.py from-openclip --model=DIR_OR_ID --out=DIR
 python launch/convert.py lora --run=RUN --out=FILE.safetensors [--step=N] [--which=student|ema|score]
 python launch/convert.py fuse --model=DIR --lora=FILE.safetensors --out=DIR [--alpha=A]
 python launch/convert.py merge --model=DIR_OR_RUN --weight=0.5 --model=DIR_OR_RUN --weight=0.5 --out=DIR

@@ -13,7 +13,7 @@ _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given severa
 _PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file of prompts, one a line, instead.")
 _OUT = flags.DEFINE_string("out", None, "A .png file (several pictures become a grid), or a directory.")
 _NUM = flags.DEFINE_integer("num", 1, "Pictures for each prompt.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
 _NOISE = flags.DEFINE_string("noise", None, "A .npy file of float32 noise [B, h, w, 4], instead of a seed.")
 _STEPS = flags.DEFINE_integer("steps", 1, "Steps; more than one samples a teacher.", lower_bound=1)
 _GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance; 1 is none.", lower_bound=0.0)

@@ -1,7 +1,8 @@
 """The shell of every command: flags in, one line of error out.
 
 A launch script defines its flags and calls `run(main, ...)`. Whatever the user got wrong ends as `error: ...`
-on stderr with exit code 2, before any device is touched where flags and configuration are to blame.
+on stderr with exit code 2, before any device is touched where flags and configuration are to blame; so does what
+the system refuses, such as a write to a full disk.
 """
 
 import sys
@@ -34,6 +35,12 @@ def run(main: Callable[..., Any], required: Sequence[str] = (), commands: Sequen
             return main(*positional)
         except InputError as error:
             fail(str(error))
+        except OSError as error:
+            # The system's own: a full disk, a directory that is not writable. A library's has no number.
+            if error.errno is None:
+                raise
+            place = "" if error.filename is None else f"{error.filename}: "
+            fail(f"{place}{error.strerror or error}")
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, required, commands))
 

@@ -11,12 +11,15 @@ from typing import Any
 
 import jax
 from absl import logging
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from sbv2_jax.errors import InputError
 
 METRICS = "metrics.jsonl"
+_FLUSH_SECONDS = 120.0  # between writes of the TensorBoard events that are buffered
 
 
 class MetricsLog:
@@ -27,6 +30,8 @@ class MetricsLog:
       steps: the last step of the run, for the progress bar.
       batch_size: images of one step, for `images_per_sec`.
       resume_step: the step that was restored; what was logged beyond it is cut off. 0 starts anew.
+
+    Raises InputError where its files cannot be written, at any time: a disk fills up in the middle of a run.
     """
 
     def __init__(self, workdir: str | Path, *, steps: int, batch_size: int, resume_step: int = 0):
@@ -36,14 +41,20 @@ class MetricsLog:
         if jax.process_index() != 0:
             return
         path = Path(workdir) / METRICS
+        self._directory = path.parent
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             cut_after(path, resume_step)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+            board = path.parent / "tensorboard"
+            board.mkdir(exist_ok=True)
+            # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and whoever adds to it then waits
+            # for ever.
+            self._events, self._flushed = EventsWriter(str(board / "events")), time.monotonic()
+            # TensorBoard drops what an interrupted run logged from this step on.
+            self._add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-        # purge_step makes TensorBoard drop what an interrupted run logged beyond the restored step.
-        self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
         # Into a file or a pipe, a line twice a minute is enough.
         interval = 0.1 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(total=steps, initial=resume_step, unit="step", mininterval=interval)
@@ -61,10 +72,16 @@ class MetricsLog:
         values = {name: float(value) for name, value in metrics.items()}
         values["images_per_sec"] = self._batch_size * (step - last_step) / max(now - last_time, 1e-9)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        try:
+            self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+            self._file.flush()
+            self._add(step, summary=Summary(value=scalars))
+            if now - self._flushed > _FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = now
+        except OSError as error:
+            raise self._unwritable(error) from error
         losses = {name[5:]: f"{value:.3g}" for name, value in values.items() if name.startswith("loss/")}
         speed = {"img/s": f"{values['images_per_sec']:.3g}"}
         self._bar.set_postfix(losses | speed, refresh=False)
@@ -72,11 +89,21 @@ class MetricsLog:
 
     def close(self) -> None:
         """Writes out what is buffered and ends the progress bar."""
-        if self._file is not None:
-            self._bar.close()
-            self._board.close()
-            self._file.close()
-            self._file = None
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        self._bar.close()
+        try:
+            self._events.close()
+            file.close()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(f"cannot write the metrics to {self._directory}: {error.strerror or error}")
 
     def __enter__(self) -> "MetricsLog":
         return self

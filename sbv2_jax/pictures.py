@@ -1,5 +1,6 @@
 """Pictures on disk: PNG files and grids."""
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -8,14 +9,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sbv2_jax.errors import InputError
+
 
 def save_png(path: str | Path, picture: np.ndarray) -> None:
-    """Writes a picture, uint8 [H, W, 3], in one rename, so that no reader sees half of it."""
+    """Writes a picture, uint8 [H, W, 3], in one rename, so that no reader sees half of it.
+
+    Raises InputError where it cannot be written; nothing of it is left then.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(picture).save(scratch, format="PNG")
-    os.replace(scratch, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(scratch, format="PNG")
+        os.replace(scratch, path)
+    except OSError as error:
+        # what PIL left of it; where the directory is none, there is nothing
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def grid(

@@ -205,18 +205,6 @@ def epsilon_to_x0(schedule: Schedule, epsilon: jax.Array, x_t: jax.Array, t: jax
     return (x_t - s * epsilon) / a
 
 
-def epsilon_to_v(schedule: Schedule, epsilon: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns v = (epsilon - s_t x_t) / a_t, from the definition in `x0_to_v` with a_t^2 + s_t^2 = 1."""
-    a, s = coefficients(schedule, t, epsilon, x_t)
-    return (epsilon - s * x_t) / a
-
-
-def x0_to_epsilon(schedule: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns epsilon = (x_t - a_t x0) / s_t; shapes and errors as in `add_noise`."""
-    a, s = coefficients(schedule, t, x0, x_t)
-    return (x_t - a * x0) / s
-
-
 def x0_to_v(schedule: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
     """Returns v = a_t epsilon - s_t x0 = (a_t x_t - x0) / s_t (Salimans and Ho, 2022, section 4)."""
     a, s = coefficients(schedule, t, x0, x_t)
@@ -246,11 +234,6 @@ def to_epsilon(schedule: Schedule, output: jax.Array, x_t: jax.Array, t: jax.Arr
 def to_x0(schedule: Schedule, output: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
     """Returns the x0 that a network's output means; shapes and errors as in `to_epsilon`."""
     return _convert(schedule, output, x_t, t, epsilon=epsilon_to_x0, v_prediction=v_to_x0)
-
-
-def to_v(schedule: Schedule, output: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns the v that a network's output means; shapes and errors as in `to_epsilon`."""
-    return _convert(schedule, output, x_t, t, epsilon=epsilon_to_v, v_prediction=_unchanged)
 
 
 def classifier_free_guidance(

@@ -54,6 +54,15 @@ class TokenizerPair:
     first: Tokenizer
     second: Tokenizer
 
+    @property
+    def max_length(self) -> int:
+        """The length of every encoded prompt."""
+        return self.first.max_length
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """Returns how many of the prompts `encode` cuts; the two differ in what they pad with alone."""
+        return self.first.count_truncated(prompts)
+
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Returns the token ids [B, 2, max_length], int32, as `Tokenizer.encode` does.
 

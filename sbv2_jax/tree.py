@@ -1,11 +1,10 @@
-"""Flat parameter dictionaries: leaf names, regular-expression selection, interpolation, casts.
+"""Flat parameter dictionaries: leaf names, sizes, interpolation, casts.
 
 Parameters are `dict[str, Array]` with dotted names that mirror diffusers and transformers, for example
 `down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q.kernel`.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,12 +30,6 @@ def _key_name(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
-
-
-def matching(names: Iterable[str], pattern: str) -> list[str]:
-    """Returns the names that the regular expression matches in full, in their order."""
-    compiled = re.compile(pattern)
-    return [name for name in names if compiled.fullmatch(name)]
 
 
 def count(params: Mapping[str, Any]) -> int:

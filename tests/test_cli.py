@@ -27,6 +27,13 @@ def main():
         raise InputError("two\\n  lines")
     if WORKDIR.value == "bug":
         raise RuntimeError("a bug")
+    if WORKDIR.value == "decoder":
+        raise OSError("a bug: no errno")
+    if WORKDIR.value == "missing":
+        open("/nowhere/at/all")
+    if WORKDIR.value == "full":
+        with open("/dev/full", "w") as file:
+            file.write("x")
     print(CONFIG.value.student.lr, CONFIG.value.sample.prompts)
     return 3 if WORKDIR.value == "three" else None
 
@@ -70,6 +77,8 @@ REFUSED = {
     "unknown flag": ((*RUN, "--wrkdir=3"), "Did you mean: workdir ?"),
     "positional": ((*RUN, "extra"), "unexpected argument 'extra'"),
     "raised by main": ((RUN[0], "--workdir=bad"), "two lines"),
+    "a missing file": ((RUN[0], "--workdir=missing"), "error: /nowhere/at/all: No such file or directory"),
+    "a full disk": ((RUN[0], "--workdir=full"), "error: No space left on device"),
 }
 
 
@@ -97,8 +106,9 @@ def test_good_input_reaches_main_with_its_overrides():
 
 def test_the_exit_code_of_main_and_a_bug():
     assert call(SCRIPT, RUN[0], "--workdir=three").returncode == 3
-    result = call(SCRIPT, RUN[0], "--workdir=bug")
-    assert result.returncode == 1 and "Traceback" in result.stderr and "RuntimeError: a bug" in result.stderr
+    for name, line in (("bug", "RuntimeError: a bug"), ("decoder", "OSError: a bug: no errno")):
+        result = call(SCRIPT, RUN[0], f"--workdir={name}")
+        assert result.returncode == 1 and "Traceback" in result.stderr and line in result.stderr
 
 
 def test_commands():

@@ -134,7 +134,7 @@ def test_drawing_goes_on_where_it_stopped_and_repeats_given_noise(directory, tmp
     out = tmp_path / "pictures"
     common = {"prompts": [], "prompts_file": str(prompts), "batch_size": 2, **SETTINGS}
     draw(str(directory), str(out), **common)
-    files = sorted(out.iterdir())
+    files = sorted(out.glob("*.png"))
     assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png"]
     before = [file.read_bytes() for file in files]
     files[1].unlink()

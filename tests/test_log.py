@@ -1,6 +1,8 @@
 """The metrics of a run: each step exactly once, whatever interrupted it, and only from the first process."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -95,6 +97,37 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     record(tmp_path, 1, 3)
     assert not any(tmp_path.iterdir()) and capsys.readouterr().err == ""
+
+
+FULL = """
+import faulthandler, resource, sys
+from tensorboardX import record_writer
+from sbv2_jax.errors import InputError
+from sbv2_jax.log import MetricsLog
+
+faulthandler.dump_traceback_later(60, exit=True)  # a hang is a failure too
+if sys.argv[2] == "the events":
+    record_writer.open_file = lambda path: open("/dev/full", "wb")
+try:
+    with MetricsLog(sys.argv[1], steps=1000, batch_size=1) as log:
+        if sys.argv[2] == "all":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # every write beyond this fails
+        for step in range(1, 1000):
+            log.write(step, {"loss/vsd": 1.0})
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("full", "why"), [("all", "File too large"), ("the events", "No space left on device")]
+)
+def test_a_full_disk_is_one_line(tmp_path, full, why):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), full], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == f"cannot write the metrics to {tmp_path}: {why}\n"
 
 
 def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):

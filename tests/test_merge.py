@@ -119,6 +119,13 @@ def test_other_settings_and_schedules_are_refused(models, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
     with pytest.raises(InputError, match="prediction_type is 'epsilon' and 'v_prediction'"):
         merge([models / "pipeline", tmp_path / "v"], [0.5, 0.5], tmp_path / "out")
+    v = {"prediction_type": "v_prediction"}
+    for name, more in (("plain", {}), ("zero_snr", {"rescale_betas_zero_snr": True})):
+        shutil.copytree(models / "pipeline", tmp_path / name)
+        path = tmp_path / name / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | v | more))
+    with pytest.raises(InputError, match="rescale_betas_zero_snr is False and True"):
+        merge([tmp_path / "plain", tmp_path / "zero_snr"], [0.5, 0.5], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """OpenCLIP's files against the model of transformers that holds the same weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import relative_error
+from huggingface_hub.utils import filter_repo_objects
 from parity import randomised
 from safetensors.numpy import load_file, save_file
 from test_tokenizer import write_tokenizer
@@ -141,6 +143,34 @@ def test_halves_the_tokenizer_and_what_early_files_hold_besides(tmp_path):
     image = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "out")
     assert dict(image.crop_size) == {"height": 24, "width": 24}
     assert (list(image.image_mean), list(image.image_std)) == (MEAN, STD)
+
+
+def test_it_is_fetched_from_the_hub_and_only_its_own_files_are(tmp_path, monkeypatch):
+    repository = write(tmp_path / "hub", original_tensors(their_model("gelu")))
+    for name in ("model.safetensors", "open_clip_pytorch_model.bin", "README.md"):
+        (repository / name).write_text("large")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def snapshot_download(name, *, revision, allow_patterns, ignore_patterns):
+        assert (name, revision) == ("owner/clip", "v2")
+        files = [path.name for path in repository.iterdir()]
+        for file in filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            shutil.copyfile(repository / file, snapshot / file)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    convert("owner/clip@v2", tmp_path / "out")
+    assert {path.name for path in snapshot.iterdir()} == {
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+    }
+    convert(repository, tmp_path / "local")
+    ours, theirs = (load_component(tmp_path / name).params for name in ("out", "local"))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_every_tensor_that_does_not_fit_is_listed_by_its_own_name(tmp_path):

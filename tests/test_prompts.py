@@ -1,16 +1,19 @@
 """Prompt sources and the stream of batches: reading, refusing, resuming, memory."""
 
 import itertools
+import json
 import os
 import pickle
 import tracemalloc
 
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from test_tokenizer import write_tokenizer
 
-from sbv2_jax.data.prompts import open_prompts, prompt_batches
+from sbv2_jax.data.prompts import describe_cut, open_prompts, prompt_batches
 from sbv2_jax.data.text_prompts import TextPrompts
 from sbv2_jax.errors import InputError
+from sbv2_jax.tokenizer import TokenizerPair, load_tokenizer
 
 
 def write(path, data) -> str:
@@ -35,7 +38,6 @@ def test_text_lines_bom_crlf_blanks_and_unicode(tmp_path):
     text = "\ufeffa cat\r\n\r\n   \t\r\nein Bär\nпривет мир\n\u3000\u200b\n日本の猫\nlast"
     source = open_prompts(write(tmp_path / "p.txt", text))
     assert everything(source) == ["a cat", "ein Bär", "привет мир", "日本の猫", "last"]
-    assert source.blank_lines == 3 and source.bad_lines == source.long_lines == 0
     with pytest.raises(IndexError):
         source[5]
     again = pickle.loads(pickle.dumps(source))
@@ -46,28 +48,24 @@ def test_control_and_bidi_characters_are_dropped(tmp_path):
     text = "a\0 red\x1b[31m\tapple\u202egnp\u2066\n\0\u202e\n\u061cx\x85y \u200d🏽\n"
     source = open_prompts(write(tmp_path / "p.txt", text))
     assert everything(source) == ["a red[31m applegnp", "x y \u200d🏽"]
-    assert source.blank_lines == 1
 
 
 def test_index_agrees_with_a_plain_reading(tmp_path):
-    """Blank and bad lines anywhere between the indexed ones, and more than one chunk of the file."""
-    kinds = [b"plain %d", b"", b"  ", b"\xff %d"]
+    """Blank lines anywhere between the indexed ones, and more than one chunk of the file."""
+    kinds = [b"plain %d", b"", b"  "]
     kinds += [text.encode() for text in ("drei Bären %d", "\u3000", "猫 %d")]
     lines = [kinds[(i * i + i // 7) % len(kinds)] for i in range(9000)]
     lines = [line % i if b"%d" in line else line for i, line in enumerate(lines)]
     lines[4000] = b"x" * (3 << 20)  # longer than a chunk
-    source = TextPrompts(write(tmp_path / "p.txt", b"\n".join(lines)), skip_bad=True)
-    expected = [line.decode()[:4096].strip() for line in lines if b"\xff" not in line]
+    source = TextPrompts(write(tmp_path / "p.txt", b"\n".join(lines)))
+    expected = [line.decode()[:4096].strip() for line in lines]
     assert everything(source) == [line for line in expected if line]
-    assert source.bad_lines == sum(b"\xff" in line for line in lines)
-    assert source.blank_lines == sum(not line for line in expected)
-    assert source.long_lines == 1
 
 
 def test_a_ten_megabyte_line_is_cut_at_a_character(tmp_path):
     source = open_prompts(write(tmp_path / "p.txt", "first\n" + "aß猫" * 1_700_000 + "\nlast\n"))
     long = source[1]
-    assert len(source) == 3 and source[2] == "last" and source.long_lines == 1
+    assert len(source) == 3 and source[2] == "last"
     assert len(long.encode()) in range(4092, 4097) and ("aß猫" * 2000).startswith(long)
 
 
@@ -96,10 +94,19 @@ def test_missing_files_and_directories_are_named(tmp_path):
         open_prompts(tmp_path)
 
 
-def test_bad_lines_are_skipped_and_counted_when_asked(tmp_path):
-    path = write(tmp_path / "p.txt", b"a\nb\xe4d\n\nc\n")
-    source = open_prompts(path, skip_bad=True)
-    assert everything(source) == ["a", "c"] and (source.bad_lines, source.blank_lines) == (1, 1)
+def test_prompts_that_are_cut_are_told_in_one_line(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", 2, max_length=8))
+    assert describe_cut(["dog " * 6, "red apple"], tokenizer) is None
+    line = "2 of 3 prompts are longer than 8 tokens and are cut"
+    assert describe_cut(["dog " * 7, "dog", "dog " * 40], tokenizer) == line
+    assert describe_cut(["dog " * 7, "dog", "dog " * 40], TokenizerPair(tokenizer, tokenizer)) == line
+    source = open_prompts(
+        write(tmp_path / "p.txt", "".join("dog " * (i % 10 + 1) + "\n" for i in range(300)))
+    )
+    monkeypatch.setattr("sbv2_jax.data.prompts._COUNTED", 100)
+    assert describe_cut(source, tokenizer) == (
+        "40 of 100 prompts looked at, of 300, are longer than 8 tokens and are cut"
+    )
 
 
 def test_fingerprint_is_of_the_content(tmp_path):
@@ -167,6 +174,39 @@ def test_array_records_are_read_and_broken_ones_named(tmp_path):
     blank = open_prompts(records(tmp_path / "blank.array_record", ["a", " "]))
     with pytest.raises(InputError, match="record 1: a blank prompt"):
         everything(blank)
+
+
+INFO = {"fileFormat": "array_record", "splits": [{"name": "train"}]}
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ("{", r"dataset_info\.json is not readable JSON"),
+        ("[]", r"dataset_info\.json holds list, an object was expected"),
+        ({"fileFormat": "tfrecord"}, "in another format"),
+        ({"fileFormat": "array_record"}, r"dataset_info\.json names no splits"),
+        (INFO | {"splits": ["train"]}, r"dataset_info\.json names no splits"),
+        (INFO | {"splits": [{"name": "test"}]}, "no split 'train': it has test"),
+        (INFO, "its split 'train' has no array_record files"),
+    ],
+)
+def test_a_broken_tfds_directory_is_one_line(tmp_path, info, message):
+    write(tmp_path / "dataset_info.json", info if isinstance(info, str) else json.dumps(info))
+    with pytest.raises(InputError, match=message) as caught:
+        open_prompts(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("features", [None, "{", "{}"])
+def test_the_features_of_a_tfds_directory_are_named_when_they_cannot_be_read(tmp_path, features):
+    records(tmp_path / "d-train.array_record-00000-of-00001", ["x"])
+    write(tmp_path / "dataset_info.json", json.dumps(INFO))
+    if features is not None:
+        write(tmp_path / "features.json", features)
+    with pytest.raises(InputError, match=r"features\.json") as caught:
+        open_prompts(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_openmoji_captions_by_name():

@@ -1,6 +1,7 @@
 """What a model may be named by, and that the network is asked only where it should be."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sbv2_jax.convert import resolve as resolving
-from sbv2_jax.convert.resolve import resolve
+from sbv2_jax.convert.resolve import is_hub_id, resolve
 from sbv2_jax.errors import InputError
 
 
@@ -74,6 +75,16 @@ def test_a_hub_id_is_fetched_as_safetensors_and_text_only(tmp_path, monkeypatch)
         "tokenizer/merges.txt", "model.safetensors",
         "text_encoder/model-00001-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("start", ["./", "../", "/", "~/"])
+def test_a_name_that_begins_as_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch, no_hub, start):
+    """In a clone without ./checkpoints too, where nothing of the path is there."""
+    monkeypatch.chdir(tmp_path)
+    for rest in ("checkpoints/stable-diffusion-2-1-base", "checkpoints", "owner/name@v1"):
+        with pytest.raises(InputError, match="^" + re.escape(f"{start}{rest} does not exist") + "$"):
+            resolve(start + rest)
+        assert not is_hub_id(start + rest)
 
 
 def test_a_failing_hub_is_one_line(tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ from sbv2_jax.schedule import ScheduleConfig
 # A UNet may be used at another size than it was made for.
 _MAY_DIFFER = ("sample_size", "upcast_attention")
 _SCHEDULE = (
-    "prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"
+    "prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "rescale_betas_zero_snr",
 )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbv2_jax.convert.component import write_component
-from sbv2_jax.convert.files import existing_directory, file_of, new_directory, read_json
+from sbv2_jax.convert.files import file_of, new_directory, read_json
 from sbv2_jax.convert.names import params_from_torch, to_torch, torch_names
+from sbv2_jax.convert.resolve import resolve
 from sbv2_jax.convert.safetensors_io import DTYPES, TensorInfo
 from sbv2_jax.convert.side_files import copy_clip_files, write_preprocessor
 from sbv2_jax.convert.weights import open_weights
@@ -24,6 +25,7 @@ from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import network
 from sbv2_jax.tree import Shapes
 
+_STEM = "open_clip_model"
 # From the names of transformers to those of OpenCLIP, in this order.
 _RENAMED = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -133,16 +135,17 @@ class _Source(NamedTuple):
     third: int | None
 
 
-def convert(directory: str | Path, out: str | Path) -> None:
+def convert(model: str | Path, out: str | Path) -> None:
     """Writes a CLIP of OpenCLIP as a directory that transformers, and this package, load; types are kept.
 
-    `directory` holds `open_clip_config.json` and `open_clip_model.safetensors`; a tokenizer that lies there too is
-    copied. Raises InputError for settings that a CLIP of transformers does not have, and one that lists every
-    missing and unexpected tensor, every wrong shape and type; nothing is written then.
+    `model` is a directory, or a hub id, with `open_clip_config.json` and `open_clip_model.safetensors`; a tokenizer
+    that lies there too is copied. Raises InputError as `resolve` does, for settings that a CLIP of transformers does
+    not have, and one that lists every missing and unexpected tensor, every wrong shape and type; nothing is written
+    then.
     """
-    directory = existing_directory(directory)
+    directory = resolve(model, stems=(_STEM,))  # the same CLIP may lie there for transformers, as large
     config, image = read_config(file_of(directory, "open_clip_config.json"))
-    weights = open_weights(directory, "open_clip_model")
+    weights = open_weights(directory, _STEM)
     sources = _sources(network(config).shapes)
     _match(weights.infos, sources, str(directory))
     read = dict(weights.read({source.name for source in sources.values()}, mapped=True))

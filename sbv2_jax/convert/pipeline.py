@@ -57,11 +57,6 @@ class PipelineParts:
         """The folders of the text towers: one, or SDXL's two."""
         return self.family.towers
 
-    @property
-    def extras(self) -> tuple[str, ...]:
-        """The networks beside those of diffusers' pipeline: `vae_tiny`, `clip`, both or none."""
-        return tuple(name for name in _EXTRAS if name in self.configs)
-
     def component(self, name: str, *, dtype: Any | None = None) -> Component:
         """Loads one network; raises InputError where the pipeline has none of this name."""
         directory = component_dir(self.directory, name)

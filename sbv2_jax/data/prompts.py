@@ -1,17 +1,21 @@
 """Prompts for distillation: sources of text, and the endless stream of batches that training reads."""
 
 import hashlib
-import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, SupportsIndex
 
 import grain
 
+from sbv2_jax.convert.files import read_json
 from sbv2_jax.data.text_prompts import TextPrompts, decode
 from sbv2_jax.errors import InputError
+from sbv2_jax.tokenizer import Tokenizer, TokenizerPair
+
+_COUNTED = 10_000
 
 
 class PromptSource(Protocol):
@@ -26,13 +30,13 @@ class PromptSource(Protocol):
         ...
 
 
-def open_prompts(path: str | os.PathLike, split: str = "train", skip_bad: bool = False) -> PromptSource:
+def open_prompts(path: str | os.PathLike, split: str = "train") -> PromptSource:
     """Returns the prompt source at `path`.
 
     "openmoji" or "openmoji:COUNT": captions of the OpenMoji world (50,000 without a count). A directory with
     a dataset_info.json: the `caption` of that TFDS split. A directory of *.array_record* files, or one such
-    file: a prompt a record, UTF-8. Anything else: a text file, one prompt a line (`TextPrompts`, to which
-    `skip_bad` goes). Raises InputError for what is missing, empty or broken.
+    file: a prompt a record, UTF-8. Anything else: a text file, one prompt a line (`TextPrompts`).
+    Raises InputError for what is missing, empty or broken.
     """
     world = re.fullmatch(r"openmoji(?::(\d+))?", os.fspath(path))
     if world:
@@ -49,7 +53,7 @@ def open_prompts(path: str | os.PathLike, split: str = "train", skip_bad: bool =
         return RecordPrompts(files)
     if ".array_record" in path.name:
         return RecordPrompts([path])
-    return TextPrompts(path, skip_bad)
+    return TextPrompts(path)
 
 
 class RecordPrompts:
@@ -100,25 +104,48 @@ class RecordPrompts:
         return digest.hexdigest()
 
 
+def describe_cut(prompts: Sequence[str] | PromptSource, tokenizer: Tokenizer | TokenizerPair) -> str | None:
+    """Returns the line that says how many prompts a tokenizer cuts, None where it cuts none.
+
+    Of more than 10,000 prompts it counts 10,000 spread evenly; reading them raises InputError as the source does.
+    """
+    stride = math.ceil(len(prompts) / _COUNTED)
+    some = [prompts[index] for index in range(0, len(prompts), stride)]
+    cut = tokenizer.count_truncated(some)
+    if not cut:
+        return None
+    of = "" if stride == 1 else f" looked at, of {len(prompts)},"
+    return f"{cut} of {len(some)} prompts{of} are longer than {tokenizer.max_length} tokens and are cut"
+
+
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _tfds_files(path: Path, split: str) -> list[Path]:
-    info = json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))
+    info = read_json(path / "dataset_info.json")
     if info.get("fileFormat") != "array_record":
         raise InputError(f"{path}: a TFDS directory in another format: prepare it with array_record")
-    splits = [one["name"] for one in info["splits"]]
+    try:
+        splits = [str(one["name"]) for one in info["splits"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path / 'dataset_info.json'} names no splits") from error
     if split not in splits:
         raise InputError(f"{path}: no split {split!r}: it has {', '.join(splits)}")
-    return sorted(path.glob(f"*-{split}.array_record*"))
+    files = sorted(path.glob(f"*-{split}.array_record*"))
+    if not files:
+        raise InputError(f"{path}: its split {split!r} has no array_record files here")
+    return files
 
 
 def _tfds_caption(path: Path):
     """Returns a function from a record of this TFDS directory to its caption; no picture is decoded."""
     import tensorflow_datasets as tfds
 
-    features = tfds.features.FeaturesDict.from_config(str(path))
+    try:
+        features = tfds.features.FeaturesDict.from_config(str(path))
+    except Exception as error:  # tfds raises whatever the parsing met
+        raise InputError(f"{path}: its features.json cannot be read: {_line(error)}") from error
     if "caption" not in features:
         raise InputError(f"{path}: its features {sorted(features)} have no caption")
     captions = tfds.features.FeaturesDict({"caption": features["caption"]})

@@ -46,21 +46,14 @@ class TextPrompts:
     """A random-access source of `str` over a text file: prompt i is the i-th line that is not blank.
 
     Lines end in LF or CRLF; a byte order mark is skipped; of a line only the first 4,096 bytes are read;
-    control and bidirectional characters are dropped (see `clean`). `blank_lines`, `bad_lines` and
-    `long_lines` count what was skipped and cut. With `skip_bad` a line that is not UTF-8 is skipped and
-    counted. Raises InputError for a missing or empty file, blanks only, or (without `skip_bad`) bad UTF-8.
+    control and bidirectional characters are dropped (see `clean`).
+    Raises InputError for a missing or empty file, blank lines only, and, with its number, a line that is not UTF-8.
     """
 
-    def __init__(self, path: str | os.PathLike, skip_bad: bool = False):
-        self._path, self._skip_bad = os.fspath(path), skip_bad
-        self.blank_lines = self.bad_lines = self.long_lines = 0
+    def __init__(self, path: str | os.PathLike):
+        self._path = os.fspath(path)
         self._map = self._open()
         self._index, self._length, self._fingerprint = self._build()
-        if not self._length:
-            bad = f" and {self.bad_lines} that are not UTF-8" if self.bad_lines else ""
-            raise InputError(
-                f"{self._path}: no prompts, only {self.blank_lines} blank lines{bad}: write one prompt a line"
-            )
 
     def __len__(self) -> int:
         return self._length
@@ -91,7 +84,7 @@ class TextPrompts:
         self._map = self._open()
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of the file, and of `skip_bad` where it changed which lines count."""
+        """Returns the SHA-256 of the file."""
         return self._fingerprint
 
     def _open(self) -> mmap.mmap:
@@ -107,12 +100,9 @@ class TextPrompts:
         end = self._map.find(b"\n", start)
         return end if end >= 0 else len(self._map)
 
-    def _text(self, start: int, end: int) -> str | None:
-        """Returns the prompt in these bytes, "" for a blank line, None where they are not UTF-8."""
-        try:
-            return decode(self._map[start : min(end, start + MAX_BYTES + 1)])
-        except UnicodeDecodeError:
-            return None
+    def _text(self, start: int, end: int) -> str:
+        """Returns the prompt in these bytes, "" for a blank line; raises UnicodeDecodeError."""
+        return decode(self._map[start : min(end, start + MAX_BYTES + 1)])
 
     def _build(self) -> tuple[np.ndarray, int, str]:
         """Reads the file once: offsets of every 16th prompt, number of prompts, SHA-256."""
@@ -120,27 +110,23 @@ class TextPrompts:
         digest = hashlib.sha256()
         for starts, ends, plain in self._chunks(digest):
             keep = plain.copy()
-            long = ends - starts > MAX_BYTES
-            self.long_lines += int(long.sum())
-            for at in np.flatnonzero(~plain | long):
-                text = self._text(int(starts[at]), int(ends[at]))
-                keep[at] = bool(text)
-                if text is None:
-                    self.bad_lines += 1
-                    if not self._skip_bad:
-                        raise InputError(
-                            f"{self._path}, line {line_number + int(at)}: not UTF-8: save the file as UTF-8"
-                        )
-                elif not text:
-                    self.blank_lines += 1
+            # A long line may be blank in the bytes that are read of it.
+            for at in np.flatnonzero(~plain | (ends - starts > MAX_BYTES)):
+                try:
+                    keep[at] = bool(self._text(int(starts[at]), int(ends[at])))
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{self._path}, line {line_number + int(at)}: not UTF-8: save the file as UTF-8"
+                    ) from error
             kept = starts[keep]
             offsets.append(kept[-total % _STRIDE :: _STRIDE].copy())  # a view would keep all of them
             total += len(kept)
             line_number += len(starts)
-        fingerprint = digest.hexdigest()
-        if self.bad_lines:
-            fingerprint = hashlib.sha256(f"{fingerprint}/skip_bad".encode()).hexdigest()
-        return np.concatenate(offsets) if offsets else np.zeros(0, np.int64), total, fingerprint
+        if not total:
+            raise InputError(
+                f"{self._path}: no prompts, only {line_number - 1} blank lines: write one prompt a line"
+            )
+        return np.concatenate(offsets), total, digest.hexdigest()
 
     def _chunks(self, digest) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields (starts, ends, plain) of runs of whole lines, int64, int64, bool: [lines].
