@@ -16,7 +16,7 @@ from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.checkpoint.files import mounted, step_numbers
 from sbv2_jax.compilation import compile_step, lay_out
 from sbv2_jax.config import may_change, validate
-from sbv2_jax.data.prompts import PromptSource, open_prompts, prompt_batches
+from sbv2_jax.data.prompts import PromptSource, describe_cut, open_prompts, prompt_batches
 from sbv2_jax.errors import InputError
 from sbv2_jax.export import export_student
 from sbv2_jax.log import MetricsLog
@@ -131,6 +131,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     source = open_prompts(config.prompts)
     tokenizers = load_tokenizers(run)
     prompt_batches(source, config.batch_size, config.seed)  # too few prompts are an error here
+    if jax.process_index() == 0 and (cut := describe_cut(source, tokenizers[0])):
+        logging.warning(cut)
     start = None
     if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
         start = read_start(run, config.student.lora.init)
@@ -191,11 +193,14 @@ def next_batch(
 
 
 def write_config(path: Path, config: ConfigDict) -> None:
-    """Writes the run's configuration as JSON, in one rename."""
+    """Writes the run's configuration as JSON, in one rename; raises InputError where it cannot be written."""
     if jax.process_index() == 0:
         scratch = path.with_suffix(".json.tmp")
-        scratch.write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        try:
+            scratch.write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
+            scratch.replace(path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def sample_path(workdir: Path, step: int) -> Path:
