@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
                         f"the loss or its gradient was not finite in {skipped} steps in a row, up to step "
                         f"{number}: lower the learning rates; the checkpoints before are kept in {workdir}"
                     )
-                preempted = preemption.after(number)
+                preempted = preemption.requested()
                 if preempted or number == config.steps or number % config.checkpoint.every == 0:
                     checkpoints.save(number, state)
                 if grid and (number == config.steps or number % config.sample.every == 0):

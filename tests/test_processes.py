@@ -6,15 +6,17 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 from test_train import command, metrics, start
 from tiny_pipeline import write_world
 
 from sbv2_jax.checkpoint.files import step_numbers
 from sbv2_jax.errors import InputError
-from sbv2_jax.preemption import EXIT_PREEMPTED
+from sbv2_jax.preemption import EXIT_PREEMPTED, Preemption
 from sbv2_jax.processes import join
 
 SMALL = {"steps": 3, "sample.every": 0, "checkpoint.every": 3}
@@ -99,6 +101,29 @@ def test_sigterm_to_one_process_stops_all_after_one_step(world, tmp_path):
     assert [code for code, _ in ended(processes)] == [EXIT_PREEMPTED] * 2
     last = metrics(tmp_path)[-1]["step"]
     assert step_numbers(tmp_path / "checkpoints")[-1] == last
+
+    # Before the first step of a resumed run it counts too.
+    processes = launch(2, world, tmp_path, **SMALL | {"steps": last + 40})
+    assert processes[0].stdout.readline() == "2 processes, 2 devices\n"
+    processes[1].send_signal(signal.SIGTERM)
+    assert [code for code, _ in ended(processes)] == [EXIT_PREEMPTED] * 2
+    assert last < step_numbers(tmp_path / "checkpoints")[-1] < last + 40
+
+
+def test_steps_are_counted_from_the_start_of_the_process(monkeypatch):
+    """XLA stops at the count after the largest that it was told: at 1, of a SIGTERM before the first step."""
+    told, stop_at = [], 1
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda count: told.append(count) or count == stop_at
+    )
+    with Preemption() as preemption:
+        assert preemption.requested() and preemption.requested()
+    assert told == [1]
+    told, stop_at = [], 4
+    with Preemption() as preemption:
+        assert [preemption.requested() for _ in range(4)] == [False, False, False, True]
+    assert told == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
