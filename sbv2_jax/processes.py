@@ -42,9 +42,10 @@ def join(coordinator: str | None, count: int | None, index: int | None, *, pod: 
         jax.distributed.initialize(coordinator, count, index)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of the run did not find each other: {error}") from error
-    if jax.process_index() == 0:
+    several = jax.process_count() > 1
+    if several and jax.process_index() == 0:
         print(f"{jax.process_count()} processes, {jax.device_count()} devices", flush=True)
-    return jax.process_count() > 1
+    return several
 
 
 @contextlib.contextmanager

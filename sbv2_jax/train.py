@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from sbv2_jax import processes
 from sbv2_jax.assemble import Run, assemble
+from sbv2_jax.cache import use_cache
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.checkpoint.files import step_numbers
 from sbv2_jax.compilation import compile_step, lay_out
@@ -50,6 +51,9 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
     with processes.together():
         prepared = prepare(config, workdir)
     processes.require_same("the configuration", config.to_json_best_effort())
+    if jax.process_count() > 1:
+        # Process 0 alone keeps what it compiled: the others find it only in a directory that all see.
+        use_cache(workdir / "compiled")
     run, layout, source, tokenizers, start = prepared
     mesh = layout.mesh
     frozen = load_frozen(run, tokenizers[0].encode([""])[0], layout.frozen)

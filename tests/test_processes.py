@@ -76,7 +76,15 @@ def test_several_processes_give_the_run_of_one(world, alone, tmp_path, count):
     assert (tmp_path / "samples" / "step_000003.png").is_file() == bool(pictures)
 
 
-def test_what_fails_for_one_process_fails_for_all(world, tmp_path):
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Has the processes not know the tests' cache; returns the user's."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "sbv2_jax"
+
+
+def test_what_fails_for_one_process_fails_for_all(world, tmp_path, own_cache):
     found = ended(launch(2, world, tmp_path / "run", **SMALL, prompts=["{}/prompts.txt", "{}/missing.txt"]))
     assert [code for code, _ in found] == [2, 2]
     assert "missing.txt" in found[1][1].splitlines()[-1]
@@ -91,23 +99,29 @@ def test_another_configuration_of_a_process_is_refused(world, tmp_path):
         assert error.splitlines()[-1] == "error: the configuration of process(es) 1 is not that of process 0"
 
 
-def test_sigterm_to_one_process_stops_all_after_one_step(world, tmp_path):
-    processes = launch(2, world, tmp_path, **SMALL | {"steps": 100_000})
+def test_sigterm_to_one_process_stops_all_after_one_step(world, tmp_path, own_cache):
+    run = tmp_path / "run"
+    endless = SMALL | {"steps": 100_000, "optimizer.schedule": "constant"}
+    processes = launch(2, world, run, **endless)
     deadline = time.monotonic() + 240
-    while not metrics(tmp_path):
+    while not metrics(run):
         assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     assert [code for code, _ in ended(processes)] == [EXIT_PREEMPTED] * 2
-    last = metrics(tmp_path)[-1]["step"]
-    assert step_numbers(tmp_path / "checkpoints")[-1] == last
+    last = metrics(run)[-1]["step"]
+    assert step_numbers(run / "checkpoints")[-1] == last
+
+    kept = sorted((run / "compiled").glob("jit_train_step-*-cache"))
+    assert len(kept) == 1 and not own_cache.exists(), "where both processes find it"
 
     # Before the first step of a resumed run it counts too.
-    processes = launch(2, world, tmp_path, **SMALL | {"steps": last + 40})
+    processes = launch(2, world, run, **endless | {"steps": last + 40})
     assert processes[0].stdout.readline() == "2 processes, 2 devices\n"
     processes[1].send_signal(signal.SIGTERM)
     assert [code for code, _ in ended(processes)] == [EXIT_PREEMPTED] * 2
-    assert last < step_numbers(tmp_path / "checkpoints")[-1] < last + 40
+    assert last < step_numbers(run / "checkpoints")[-1] < last + 40
+    assert sorted((run / "compiled").glob("jit_train_step-*-cache")) == kept
 
 
 def test_steps_are_counted_from_the_start_of_the_process(monkeypatch):
