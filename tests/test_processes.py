@@ -113,7 +113,7 @@ def test_sigterm_to_one_process_stops_all_after_one_step(world, tmp_path, own_ca
     assert step_numbers(run / "checkpoints")[-1] == last
 
     kept = sorted((run / "compiled").glob("jit_train_step-*-cache"))
-    assert len(kept) == 1 and not own_cache.exists(), "where both processes find it"
+    assert len(kept) == 1 and not own_cache.exists(), "in a directory of both"
 
     # Before the first step of a resumed run it counts too.
     processes = launch(2, world, run, **endless | {"steps": last + 40})
