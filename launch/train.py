@@ -24,8 +24,9 @@ def main() -> int:
     from sbv2_jax.cache import use_cache
     from sbv2_jax.train import train
 
-    use_cache()
-    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, pod=_POD.value)
+    # Several processes share a place that `train` chooses.
+    if not processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, pod=_POD.value):
+        use_cache()
     return train(_CONFIG.value, _WORKDIR.value, dry_run=_DRY_RUN.value, force=_FORCE.value)
 
 

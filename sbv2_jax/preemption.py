@@ -21,16 +21,20 @@ class Preemption:
     def __init__(self):
         self._requested = False
         self._before = {}
+        self._asked = 0
 
     def __enter__(self) -> "Preemption":
         if jax.process_count() == 1:
             self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
         return self
 
-    def after(self, step: int) -> bool:
-        """Returns whether the run is to stop after this step; every process asks after every step."""
-        if jax.process_count() > 1:
-            self._requested = self._requested or multihost_utils.reached_preemption_sync_point(step)
+    def requested(self) -> bool:
+        """Returns whether the run is to stop here; every process asks once after every step."""
+        if jax.process_count() > 1 and not self._requested:
+            # Not the run's step: XLA stops all at the count after the largest that it was told, which is 0 before
+            # the first, and a resumed run would never be at 1.
+            self._asked += 1
+            self._requested = multihost_utils.reached_preemption_sync_point(self._asked)
         return self._requested
 
     def __exit__(self, *_: object) -> None:

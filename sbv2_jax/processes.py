@@ -18,8 +18,8 @@ _MESSAGE_BYTES = 1000
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
-def join(coordinator: str | None, count: int | None, index: int | None, *, pod: bool = False) -> None:
-    """Joins this process to the others of a run; a process alone is left as it is.
+def join(coordinator: str | None, count: int | None, index: int | None, *, pod: bool = False) -> bool:
+    """Joins this process to the others of a run, and returns whether there are any; one alone is left as it is.
 
     Args:
       coordinator: HOST:PORT of process 0.
@@ -27,14 +27,15 @@ def join(coordinator: str | None, count: int | None, index: int | None, *, pod: 
       index: which of them this is.
       pod: the three are found by JAX itself: from a TPU's metadata, SLURM, MPI or Kubernetes.
 
-    With none of the four, a SLURM step or an MPI run of several tasks is still noticed.
+    With none of the four, a SLURM step or an MPI run of several tasks is still noticed. Process 0 prints how many
+    processes and devices there are: under SLURM and Open MPI JAX gives a process one GPU, however few there are.
     Raises InputError for flags that do not go together, and where the processes do not find each other.
     """
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [flag for flag, value in given.items() if value is None]
     launched = any(int(os.environ.get(name, "1")) > 1 for name in _COUNTS)
     if len(missing) == len(given) and not (pod or launched):
-        return
+        return False
     if missing and len(missing) < len(given):
         raise InputError(f"{', '.join(sorted(given.keys() - set(missing)))} also needs {', '.join(missing)}")
     if count is not None and not 0 <= index < count:
@@ -43,6 +44,10 @@ def join(coordinator: str | None, count: int | None, index: int | None, *, pod: 
         jax.distributed.initialize(coordinator, count, index)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of the run did not find each other: {error}") from error
+    several = jax.process_count() > 1
+    if several and jax.process_index() == 0:
+        print(f"{jax.process_count()} processes, {jax.device_count()} devices", flush=True)
+    return several
 
 
 @contextlib.contextmanager

@@ -33,20 +33,32 @@ Rules = Sequence[tuple[str, str]]
 def make_mesh(replica: int, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of replica x data x fsdp devices, 1 x 1 x 1 on a laptop.
 
-    Where the devices are of several slices of a TPU, each replica is made of whole ones.
+    On a TPU the devices of an fsdp group are neighbours, and each of several slices is one replica. GPUs come in
+    the order of their ids, machine after machine.
+    Raises InputError where the devices cannot be laid out so.
     """
     devices = jax.devices() if devices is None else devices
-    # Auto axes: explicit ones refuse a convolution with a sharded kernel.
-    types = (AxisType.Auto,) * len(AXES)
-    # CPUs and GPUs have no such attribute, and the devices of a topology alone have None.
-    slices = {getattr(device, "slice_index", None) for device in devices}
-    if replica == 1 or len(slices) == 1:
-        return jax.make_mesh((replica, data, fsdp), AXES, axis_types=types, devices=devices)
+    # GPUs have such an index too, that of their machine; the devices of a topology of one slice have none.
+    slices = {getattr(device, "slice_index", None) for device in devices if device.platform == "tpu"}
+    if len(slices) > 1 and replica != len(slices):
+        raise InputError(
+            f"config.mesh.replica = {replica} does not fit the {len(slices)} slices that are here, each of which is "
+            "one replica"
+        )
+    # Else an axis would have to be whole axes of the torus: 4 fits neither 8 x 8 nor 8 x 8 x 8.
+    split = {"allow_split_physical_axes": True}
     try:
-        grid = mesh_utils.create_hybrid_device_mesh((1, data, fsdp), (replica, 1, 1), devices)
-    except ValueError as error:
-        raise InputError(f"config.mesh.replica = {replica} does not fit the slices: {error}") from error
-    return Mesh(grid, AXES, axis_types=types)
+        if len(slices) > 1:
+            grid = mesh_utils.create_hybrid_device_mesh((1, data, fsdp), (replica, 1, 1), devices, **split)
+        else:
+            grid = mesh_utils.create_device_mesh((replica, data, fsdp), devices, **split)
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"config.mesh: {replica} x {data} x {fsdp} devices cannot be laid out: {reason}"
+        ) from error
+    # Auto axes: explicit ones refuse a convolution with a sharded kernel.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @dataclasses.dataclass(frozen=True)

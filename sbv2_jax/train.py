@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from sbv2_jax import processes
 from sbv2_jax.assemble import Run, assemble
+from sbv2_jax.cache import use_cache
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.checkpoint.files import mounted, step_numbers
 from sbv2_jax.compilation import compile_step, lay_out
@@ -50,6 +51,9 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
     with processes.together():
         prepared = prepare(config, workdir)
     processes.require_same("the configuration", config.to_json_best_effort())
+    if jax.process_count() > 1:
+        # Process 0 alone keeps what it compiled: the others find it only in a directory that all see.
+        use_cache(workdir / "compiled")
     run, layout, source, tokenizers, start = prepared
     mesh = layout.mesh
     frozen = load_frozen(run, tokenizers[0].encode([""])[0], layout.frozen)
@@ -94,7 +98,7 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
                         f"the loss or its gradient was not finite in {skipped} steps in a row, up to step "
                         f"{number}: lower the learning rates; the checkpoints before are kept in {workdir}"
                     )
-                preempted = preemption.after(number)
+                preempted = preemption.requested()
                 if preempted or number == config.steps or number % config.checkpoint.every == 0:
                     checkpoints.save(number, state)
                 if grid and (number == config.steps or number % config.sample.every == 0):

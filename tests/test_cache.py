@@ -14,8 +14,8 @@ def directory():
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
 
-    def chosen() -> Path:
-        use_cache()
+    def chosen(*arguments: Path) -> Path:
+        use_cache(*arguments)
         return Path(jax.config.jax_compilation_cache_dir)
 
     yield chosen
@@ -32,6 +32,11 @@ def test_the_users_cache_may_lie_elsewhere(directory, monkeypatch, tmp_path):
     assert directory() == tmp_path / "sbv2_jax"
 
 
+def test_a_run_may_name_a_place(directory, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert directory(tmp_path / "run") == tmp_path / "run"
+
+
 def test_what_jax_was_told_stays(directory, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-    assert directory() == tmp_path / "own"
+    assert directory() == directory(tmp_path / "run") == tmp_path / "own"

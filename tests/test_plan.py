@@ -266,7 +266,7 @@ def test_each_replica_is_a_slice_of_its_own():
     _, devices = devices_of("v4:2x2x1*2")
     mesh = make_mesh(2, 2, 2, devices)
     assert [{device.slice_index for device in half.flat} for half in mesh.devices] == [{0}, {1}]
-    with pytest.raises(InputError, match="config.mesh.replica = 4 does not fit the slices"):
+    with pytest.raises(InputError, match="config.mesh.replica = 4 does not fit the 2 slices"):
         make_mesh(4, 1, 2, devices)
 
 

@@ -11,9 +11,9 @@ from sbv2_jax.preemption import Preemption
 def test_the_first_signal_is_noted_and_the_second_ends_the_process(number):
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     with Preemption() as preemption:
-        assert not preemption.after(1)
+        assert not preemption.requested()
         signal.raise_signal(number)
-        assert preemption.after(2) and preemption.after(3)
+        assert preemption.requested() and preemption.requested()
         for each in before:
             assert signal.getsignal(each) == signal.SIG_DFL, "a second one is no longer caught"
     assert {each: signal.getsignal(each) for each in before} == before

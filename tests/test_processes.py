@@ -7,15 +7,17 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 from test_train import command, metrics, start
 from tiny_pipeline import write_world
 
 from sbv2_jax.checkpoint.files import step_numbers
 from sbv2_jax.errors import InputError
-from sbv2_jax.preemption import EXIT_PREEMPTED
+from sbv2_jax.preemption import EXIT_PREEMPTED, Preemption
 from sbv2_jax.processes import join
 
 SMALL = {"steps": 3, "sample.every": 0, "checkpoint.every": 3}
@@ -80,7 +82,15 @@ def test_several_processes_give_the_run_of_one(world, alone, tmp_path, count):
     assert (tmp_path / "samples" / "step_000003.png").is_file() == bool(pictures)
 
 
-def test_what_fails_for_one_process_fails_for_all(world, tmp_path):
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Has the processes not know the tests' cache; returns the user's."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "sbv2_jax"
+
+
+def test_what_fails_for_one_process_fails_for_all(world, tmp_path, own_cache):
     found = ended(launch(2, world, tmp_path / "run", **SMALL, prompts=["{}/prompts.txt", "{}/missing.txt"]))
     assert [code for code, _ in found] == [2, 2]
     assert "missing.txt" in found[1][1].splitlines()[-1]
@@ -117,16 +127,45 @@ def test_processes_fall_back_together_where_shards_are_damaged(world, alone, tmp
         assert line["loss/vsd"] == pytest.approx(want["loss/vsd"], rel=2e-4)
 
 
-def test_sigterm_to_one_process_stops_all_after_one_step(world, tmp_path):
-    processes = launch(2, world, tmp_path, **SMALL | {"steps": 100_000})
+def test_sigterm_to_one_process_stops_all_after_one_step(world, tmp_path, own_cache):
+    run = tmp_path / "run"
+    endless = SMALL | {"steps": 100_000, "optimizer.schedule": "constant"}
+    processes = launch(2, world, run, **endless)
     deadline = time.monotonic() + 240
-    while not metrics(tmp_path):
+    while not metrics(run):
         assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     assert [code for code, _ in ended(processes)] == [EXIT_PREEMPTED] * 2
-    last = metrics(tmp_path)[-1]["step"]
-    assert step_numbers(tmp_path / "checkpoints")[-1] == last
+    last = metrics(run)[-1]["step"]
+    assert step_numbers(run / "checkpoints")[-1] == last
+
+    kept = sorted((run / "compiled").glob("jit_train_step-*-cache"))
+    assert len(kept) == 1 and not own_cache.exists(), "in a directory of both"
+
+    # Before the first step of a resumed run it counts too.
+    processes = launch(2, world, run, **endless | {"steps": last + 40})
+    assert processes[0].stdout.readline() == "2 processes, 2 devices\n"
+    processes[1].send_signal(signal.SIGTERM)
+    assert [code for code, _ in ended(processes)] == [EXIT_PREEMPTED] * 2
+    assert last < step_numbers(run / "checkpoints")[-1] < last + 40
+    assert sorted((run / "compiled").glob("jit_train_step-*-cache")) == kept
+
+
+def test_steps_are_counted_from_the_start_of_the_process(monkeypatch):
+    """XLA stops at the count after the largest that it was told: at 1, of a SIGTERM before the first step."""
+    told, stop_at = [], 1
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda count: told.append(count) or count == stop_at
+    )
+    with Preemption() as preemption:
+        assert preemption.requested() and preemption.requested()
+    assert told == [1]
+    told, stop_at = [], 4
+    with Preemption() as preemption:
+        assert [preemption.requested() for _ in range(4)] == [False, False, False, True]
+    assert told == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Scaled dot-product attention, and the kernels that take it over where a platform has a better one."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -40,40 +41,60 @@ def xla(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = Fa
     return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
 
 
-def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Attention by cuDNN's flash kernels, for 16-bit values of a head dimension that they take."""
-    dim = query.shape[-1]
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or dim % 8 or dim > 128:
-        return xla(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-
-
 @dataclasses.dataclass(frozen=True)
-class Splash:
-    """Attention by TPU's splash kernel: the scores never leave the chip's vector memory.
+class Kernel(abc.ABC):
+    """Attention by a kernel that runs on each device's part of a batch, which is split over all axes of the mesh.
 
-    It takes self-attention of at least `SMALLEST_SPLASH` tokens, in multiples of 128; XLA takes the rest, the
-    77 tokens of a text above all. The batch is split over all axes of the mesh. `interpret` runs the kernel's
-    program on any platform, slowly.
+    XLA does what the kernel does not take, and a batch that the devices do not divide.
     """
 
     mesh: Mesh
-    interpret: bool = False
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """Calls the kernel, or XLA."""
-        tokens = query.shape[1]
-        if (
-            tokens != key.shape[1]
-            or tokens < SMALLEST_SPLASH
-            or tokens % 128
-            or query.shape[0] % self.mesh.size
-        ):
+        if query.shape[0] % self.mesh.size or not self._takes(query, key):
             return xla(query, key, value)
         batch = PartitionSpec(self.mesh.axis_names)
         return jax.shard_map(
             self._local, mesh=self.mesh, in_specs=(batch,) * 3, out_specs=batch, check_vma=False
         )(query, key, value)
+
+    @abc.abstractmethod
+    def _takes(self, query: jax.Array, key: jax.Array) -> bool: ...
+
+    @abc.abstractmethod
+    def _local(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Cudnn(Kernel):
+    """Attention by cuDNN's flash kernels, for 16-bit values of a head dimension that they take.
+
+    Each device calls them on its own: JAX's way to split the call has an address in the program, so that no later
+    process finds it among the compiled ones, and refuses a query that is split unlike its key.
+    """
+
+    def _takes(self, query: jax.Array, key: jax.Array) -> bool:
+        dim = query.shape[-1]
+        return query.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= 128
+
+    def _local(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Splash(Kernel):
+    """Attention by TPU's splash kernel: the scores never leave the chip's vector memory.
+
+    It takes self-attention of at least `SMALLEST_SPLASH` tokens, in multiples of 128; XLA takes the rest, the
+    77 tokens of a text above all. `interpret` runs the kernel's program on any platform, slowly.
+    """
+
+    interpret: bool = False
+
+    def _takes(self, query: jax.Array, key: jax.Array) -> bool:
+        tokens = query.shape[1]
+        return tokens == key.shape[1] and tokens >= SMALLEST_SPLASH and tokens % 128 == 0
 
     def _local(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         _, tokens, heads, dim = query.shape
@@ -104,13 +125,17 @@ def choose(mesh: Mesh, dtype: jnp.dtype) -> Core | None:
     if platform != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
         return None
     try:
-        probe = jnp.ones((1, 128, 1, 64), dtype)
-        jax.block_until_ready(
-            jax.jit(jax.grad(lambda q: cudnn(q, probe, probe).sum().astype(jnp.float32)))(probe)
-        )
+        # On one device of this process: other processes try their own.
+        _try(Cudnn(Mesh(mesh.local_devices[:1], "device")), dtype)
     except Exception as error:  # noqa: BLE001 (whatever it is, there is another way)
         logging.warning(
-            "cuDNN's attention does not work here, XLA's is taken: %s", str(error).splitlines()[0]
+            "cuDNN's attention does not work here, XLA's is taken: %s", str(error).partition("\n")[0]
         )
         return None
-    return cudnn
+    return Cudnn(mesh)
+
+
+def _try(core: Core, dtype: jnp.dtype) -> None:
+    """Runs a core forward and backward."""
+    x = jnp.ones((1, 128, 1, 64), dtype)
+    jax.block_until_ready(jax.jit(jax.grad(lambda q: core(q, x, x).sum().astype(jnp.float32)))(x))
