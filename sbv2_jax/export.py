@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sbv2_jax import processes
 from sbv2_jax.assemble import Run
 from sbv2_jax.convert.lora_files import save_lora
 from sbv2_jax.convert.pipeline import save_pipeline
@@ -26,13 +27,17 @@ def export_student(run: Run, state: TrainState, directory: Path) -> None:
 
     The other parts are the teacher's. The student's weights are float32; a LoRA is merged into its base in
     float32. An older export of the same run is replaced. Process 0 writes, and the others wait for it: one that
-    ended at once would have the first ended too, after five minutes.
+    ended at once would have the first ended too, after five minutes. Raises InputError, in every process, where it
+    cannot be written.
     """
     trained = _on_host(state.ema or state.student)
-    if jax.process_index() == 0:
-        _write_student(run, trained, directory)
     everyone = set(range(jax.process_count()))
-    ocp.multihost.sync_global_processes("exported", timeout=_EXPORT_SECONDS, processes=everyone)
+    with processes.together():
+        try:
+            if jax.process_index() == 0:
+                _write_student(run, trained, directory)
+        finally:
+            ocp.multihost.sync_global_processes("exported", timeout=_EXPORT_SECONDS, processes=everyone)
 
 
 def _write_student(run: Run, trained: dict[str, np.ndarray], directory: Path) -> None:

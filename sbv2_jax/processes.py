@@ -52,11 +52,11 @@ def join(coordinator: str | None, count: int | None, index: int | None, *, pod: 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Has an InputError of any process raised by all: else the others would wait for one that has ended."""
+    """Has what is wrong for any process raised by all: else the others would wait for one that has ended."""
     message, own = "", None
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:
         message, own = str(error), error
     if jax.process_count() > 1:
         messages = _shared(message)

@@ -85,7 +85,8 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        step = compiled(config, run, layout)
+        if first < config.steps:  # else only the export is left to do
+            step = compiled(config, run, layout)
         with MetricsLog(workdir, steps=config.steps, batch_size=config.batch_size, resume_step=first) as log:
             skipped = 0
             for number in range(first + 1, config.steps + 1):
