@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what the tests do: what one of them, or a process it starts, has compiled serves the next.
 _CACHE = tempfile.TemporaryDirectory(prefix="sbv2_jax_compiled_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+# The small programs too: together they take longer than the large ones.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np

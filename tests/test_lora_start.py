@@ -41,7 +41,7 @@ def make_config(world: Path, **changes: object) -> ConfigDict:
 def test_the_lora_of_a_run_is_where_another_starts(world, tmp_path):
     made = make_run(world, "low", **{"student.mode": "lora"})
     file = tmp_path / "student.safetensors"
-    export_lora(made.directory, file)
+    export_lora(made.directory, file, which="student")
     config = make_config(world)
     run = assemble(config, read_parts(config))
     placement = shardings(run.state_shapes, make_mesh(1, 1, 1))
