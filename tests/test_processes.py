@@ -4,6 +4,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -49,7 +50,9 @@ def launch(
 
 def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     """Waits for all; returns exit codes and what they wrote on stderr."""
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    # All at once: one whose pipe is full would wait for its reader, and the others for it.
+    with ThreadPoolExecutor(len(processes)) as pool:
+        errors = list(pool.map(lambda process: process.communicate(timeout=300)[1], processes))
     return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
 
 
