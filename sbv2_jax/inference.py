@@ -178,6 +178,10 @@ def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
     """
     parts = load_pipeline(path_or_id, dtype=dtype)
     unet, vae = parts.configs["unet"], parts.configs["vae"]
+    if unet.sample_size is None:
+        raise InputError(
+            f"{path_or_id}: unet/config.json does not say a sample_size: write it, the latents' side"
+        )
     generator = Generator(
         unet=network(unet),
         schedule=make_schedule(parts.schedule_config),
@@ -199,9 +203,5 @@ def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
         ),
         vae=jax.device_put(parts.component("vae", dtype=vae_dtype).params),
     )
-    if unet.sample_size is None:
-        raise InputError(
-            f"{path_or_id}: unet/config.json does not say a sample_size: write it, the latents' side"
-        )
     shape = (unet.sample_size, unet.sample_size, unet.in_channels)
     return Pipeline(generator, params, parts.tokenizer, shape, parts)

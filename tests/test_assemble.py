@@ -10,6 +10,7 @@ import pytest
 from diffusers import AutoencoderTiny
 from tiny_pipeline import write_pipeline
 
+import sbv2_jax
 from sbv2_jax import assemble, parts
 from sbv2_jax.config import default_config
 from sbv2_jax.errors import InputError
@@ -80,6 +81,8 @@ def test_a_size_is_asked_for_where_nothing_says_it(pipeline, tmp_path):
     copied = with_sample_size(pipeline, tmp_path, None)
     with pytest.raises(InputError, match="unet does not say its sample_size: set config.resolution"):
         assembled(config_of(copied))
+    with pytest.raises(InputError, match="does not say a sample_size: write it"):
+        sbv2_jax.load(copied)
     assert assembled(config_of(copied, resolution=16)).objective.latent_shape == (4, 4, 4)
 
 
