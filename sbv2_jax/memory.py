@@ -31,6 +31,7 @@ def fit(config: ConfigDict, parts: Parts, device_count: int, memory: float | Non
     """
     if config.mesh.fsdp != -1 and config.remat != "auto":
         return config
+    check_mesh(config, device_count)  # with the fewest devices that fsdp = -1 may mean
     of_a_replica = device_count // config.mesh.replica
     splits = [2**power for power in range(of_a_replica.bit_length()) if of_a_replica % 2**power == 0]
     remats = ("none", "block") if config.remat == "auto" else (config.remat,)

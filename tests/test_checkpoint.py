@@ -21,6 +21,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from absl import logging
+from orbax.checkpoint._src.multihost import multihost
 
 from sbv2_jax.checkpoint import CheckpointError, Checkpoints, load
 from sbv2_jax.checkpoint.manifest import changed_leaves, describe
@@ -224,6 +225,16 @@ def test_a_damaged_file_falls_back_or_changes_nothing(stored, two_steps, damage)
         if damage != "zero":
             assert found == 1, path
         shutil.copy(two_steps / path.relative_to(stored), path)
+
+
+def test_no_process_waits_for_another_before_all_know_what_was_read(stored, monkeypatch):
+    """One that cannot read its shards comes to no barrier within the reading."""
+    waited = []
+    with opened(stored) as checkpoints:
+        monkeypatch.setattr(multihost, "sync_global_processes", lambda name, **_: waited.append(name))
+        checkpoints.restore(abstract(state_at(0)))
+        assert waited == []
+        monkeypatch.undo()
 
 
 def test_a_leaf_that_orbax_lost_is_damage(stored):

@@ -130,7 +130,7 @@ def test_a_directory_that_is_not_shared_is_refused(world, tmp_path):
 
 
 def test_processes_fall_back_together_where_shards_are_damaged(world, alone, tmp_path):
-    """Each reads its own shards; one that cannot must not leave the other waiting."""
+    """To the same step, and on to its export."""
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints" / "3" / "state").rglob("d/*"):
         data = path.read_bytes()
@@ -150,10 +150,10 @@ def test_sigterm_to_one_process_stops_all_after_one_step(world, alone, tmp_path,
     run = tmp_path / "run"
     shutil.copytree(alone, run)
     endless = SMALL | {"steps": 100_000, "optimizer.schedule": "constant"}
-    processes = launch(2, world, run, "--force", **endless)
-    assert processes[0].stdout.readline() == "2 processes, 2 devices\n"
-    processes[1].send_signal(signal.SIGTERM)
-    assert [code for code, _ in ended(processes)] == [EXIT_PREEMPTED] * 2
+    started = launch(2, world, run, "--force", **endless)
+    assert started[0].stdout.readline() == "2 processes, 2 devices\n"
+    started[1].send_signal(signal.SIGTERM)
+    assert [code for code, _ in ended(started)] == [EXIT_PREEMPTED] * 2
     last = metrics(run)[-1]["step"]
     assert 4 <= last < 100 and step_numbers(run / "checkpoints")[-1] == last
     kept = list((run / "compiled").glob("jit_train_step-*-cache"))
