@@ -81,9 +81,7 @@ def test_the_weights_are_split_over_as_few_devices_as_need_be(world):
 def test_replicas_that_the_devices_do_not_make_are_refused(world, bytes_limit):
     config, parts = world
     for replica, devices in ((2, 1), (3, 8)):
-        with pytest.raises(
-            InputError, match=f"= {replica} x 1 does not divide the {devices} devices"
-        ):
+        with pytest.raises(InputError, match=f"= {replica} x 1 does not divide the {devices} devices"):
             memory.fit(changed(config, mesh__fsdp=-1, mesh__replica=replica), parts, devices, bytes_limit)
 
 
