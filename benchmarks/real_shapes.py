@@ -184,7 +184,7 @@ def write(name: str, folder: str, dtype: str) -> None:
 
 def load_ours(name: str, folder: str, out: str) -> dict[str, Any]:
     """Loads as it is, and saves."""
-    from sbv2_jax.convert.component import load_component, save_component
+    from sbv2_jax.convert.formats.component import load_component, save_component
     from sbv2_jax.tree import count
 
     load, part = measured(lambda _: load_component(folder), out)
@@ -226,7 +226,7 @@ def run_ours(name: str, folder: str) -> np.ndarray:
     """Returns the output of a float32 forward, flat."""
     import jax
 
-    from sbv2_jax.convert.component import load_component
+    from sbv2_jax.convert.formats.component import load_component
     from sbv2_jax.models.registry import network
     from sbv2_jax.models.unet import AddedConditions
 

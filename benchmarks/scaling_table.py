@@ -68,9 +68,9 @@ def name_of(row: Row) -> str:
 
 def compile_row(row: Row) -> dict[str, Any]:
     """Compiles the step of a row in stages; returns its figures."""
-    from sbv2_jax.config import stable_diffusion_21
     from sbv2_jax.plan.cost import at_scale, step_time
     from sbv2_jax.plan.plan import compile_for
+    from sbv2_jax.run.config import stable_diffusion_21
     from sbv2_jax.tree import GIB
 
     config = stable_diffusion_21("", {"batch_size": row.batch, "mesh.fsdp": row.fsdp})

@@ -16,10 +16,10 @@ from ml_collections import config_flags
 from tqdm import trange
 
 from sbv2_jax import cli
-from sbv2_jax.compilation import compile_step
 from sbv2_jax.data.prompts import prompt_batches
-from sbv2_jax.train import next_batch, prepare
-from sbv2_jax.weights import load_frozen, load_state
+from sbv2_jax.run.arrays import load_frozen, load_state
+from sbv2_jax.run.compilation import compile_step
+from sbv2_jax.run.loop import next_batch, prepare
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: FILE.py or FILE.py:ARGUMENT.")
 _PAIRS = flags.DEFINE_integer("pairs", 10, "Steps of each kind.", lower_bound=2)

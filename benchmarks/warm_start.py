@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sbv2_jax import cli
-from sbv2_jax.config import validate
+from sbv2_jax.run.config import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: FILE.py or FILE.py:ARGUMENT.")
 _HERE = flags.DEFINE_string("here", None, "Starts once, in this process, with this cache.")
@@ -27,9 +27,9 @@ def start(cache: str) -> None:
     begin = time.perf_counter()
     import jax
 
-    from sbv2_jax.compilation import compile_step, lay_out
-    from sbv2_jax.memory import device_memory
-    from sbv2_jax.parts import read_parts
+    from sbv2_jax.run.compilation import compile_step, lay_out
+    from sbv2_jax.run.components import read_parts
+    from sbv2_jax.run.memory_estimate import device_memory
 
     jax.config.update("jax_compilation_cache_dir", cache)
     devices = jax.devices()

@@ -7,9 +7,9 @@ python launch/train.py --config=configs/openmoji.py:runlocal --workdir=/tmp/open
 
 from ml_collections import ConfigDict
 
-from sbv2_jax.config import default_config, shrink
-from sbv2_jax.data import openmoji
 from sbv2_jax.fields import words
+from sbv2_jax.openmoji import world as openmoji
+from sbv2_jax.run.config import default_config, shrink
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -7,7 +7,7 @@ python launch/pretrain.py --config=configs/openmoji_teacher.py:runlocal --workdi
 from ml_collections import ConfigDict
 
 from sbv2_jax.fields import words
-from sbv2_jax.pretrain.settings import default_config, shrink
+from sbv2_jax.openmoji.pretrain.settings import default_config, shrink
 
 
 def get_config(argument: str = "") -> ConfigDict:

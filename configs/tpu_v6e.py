@@ -8,7 +8,7 @@ python launch/train.py --config=configs/tpu_v6e.py:runlocal --workdir=/tmp/sd21 
 
 from ml_collections import ConfigDict
 
-from sbv2_jax.config import stable_diffusion_21
+from sbv2_jax.run.config import stable_diffusion_21
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -52,9 +52,11 @@ def main(command: str) -> None:
     if command != "merge" and len(_MODEL.value or []) > 1:
         raise InputError(f"{command} takes one --model")
     # jax is loaded only once the flags are right
-    from sbv2_jax import export, hub
-    from sbv2_jax.convert import extract, fuse, layouts, listing, merge, openclip
-    from sbv2_jax.runs import open_model
+    from sbv2_jax.convert import inspection as listing
+    from sbv2_jax.convert import layouts, merge, openclip
+    from sbv2_jax.convert.lora import extract, fuse
+    from sbv2_jax.run import export, hub
+    from sbv2_jax.run.trained import open_model
 
     model = _MODEL.value[0] if _MODEL.value else None
     if command == "from-diffusers" or command == "to-diffusers" and model:

@@ -6,7 +6,7 @@ python launch/generate.py --model=runs/openmoji/export --prompt="a red apple on 
 from absl import flags
 
 from sbv2_jax import cli
-from sbv2_jax.samplers import SAMPLERS
+from sbv2_jax.diffusion.samplers import SAMPLERS
 
 _MODEL = flags.DEFINE_string("model", None, "A diffusers directory, a hub id, or 'bundled'.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
@@ -23,8 +23,8 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time."
 
 def main() -> None:
     # jax is loaded only once the flags are right
-    from sbv2_jax.cache import use_cache
-    from sbv2_jax.draw import draw
+    from sbv2_jax.devices.cache import use_cache
+    from sbv2_jax.generate.draw import draw
 
     use_cache()
     draw(

@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sbv2_jax import cli
-from sbv2_jax.pretrain.settings import validate
+from sbv2_jax.openmoji.pretrain.settings import validate
 
 config_flags.DEFINE_config_file("config", help_string="a config file such as configs/openmoji_teacher.py")
 flags.DEFINE_string("workdir", None, "where checkpoints, logs, pictures and the pipeline go")
@@ -19,8 +19,8 @@ flags.DEFINE_string("workdir", None, "where checkpoints, logs, pictures and the 
 def main() -> None:
     config = flags.FLAGS.config
     validate(config)
-    from sbv2_jax.cache import use_cache
-    from sbv2_jax.pretrain.run import pretrain
+    from sbv2_jax.devices.cache import use_cache
+    from sbv2_jax.openmoji.pretrain.run import pretrain
 
     use_cache()
     # The model card tells how to make the same pipeline, wherever this one was made.

@@ -20,9 +20,9 @@ _FORCE = flags.DEFINE_boolean("force", False, "Resume in spite of a changed conf
 
 def main() -> int:
     # jax is loaded only once the flags are right
-    from sbv2_jax import processes
-    from sbv2_jax.cache import use_cache
-    from sbv2_jax.train import train
+    from sbv2_jax.devices import processes
+    from sbv2_jax.devices.cache import use_cache
+    from sbv2_jax.run.loop import train
 
     # Several processes share a place that `train` chooses.
     if not processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, pod=_POD.value):

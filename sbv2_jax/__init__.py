@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sbv2_jax.inference import Pipeline, generate, load
+    from sbv2_jax.generate.inference import Pipeline, generate, load
 
 __all__ = ["Pipeline", "generate", "load"]
 
@@ -11,7 +11,7 @@ __all__ = ["Pipeline", "generate", "load"]
 def __getattr__(name: str) -> Any:
     # Imported when asked for: a command that only reads flags need not wait for jax.
     if name in __all__:
-        from sbv2_jax import inference
+        from sbv2_jax.generate import inference
 
         return getattr(inference, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

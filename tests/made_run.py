@@ -9,12 +9,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sbv2_jax.assemble import assemble
 from sbv2_jax.checkpoint import Checkpoints
-from sbv2_jax.config import default_config
-from sbv2_jax.export import export_student
-from sbv2_jax.parts import read_parts
-from sbv2_jax.state import TrainState
+from sbv2_jax.distill.state import TrainState
+from sbv2_jax.run.build import assemble
+from sbv2_jax.run.components import read_parts
+from sbv2_jax.run.config import default_config
+from sbv2_jax.run.export import export_student
 
 ROOT = Path(__file__).parent.parent
 STEP = 4

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from sbv2_jax.convert.names import params_from_torch
+from sbv2_jax.convert.formats.names import params_from_torch
 from sbv2_jax.models.network import Network
 
 BOUND = 1e-4

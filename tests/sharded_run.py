@@ -11,10 +11,10 @@ import optax
 import tiny_world
 from jax.sharding import Mesh
 
-from sbv2_jax import sharding
-from sbv2_jax.config import DEFAULT_RULES
-from sbv2_jax.state import TrainState
-from sbv2_jax.train_step import make_train_step
+from sbv2_jax.devices import sharding
+from sbv2_jax.distill.state import TrainState
+from sbv2_jax.distill.train_step import make_train_step
+from sbv2_jax.run.config import DEFAULT_RULES
 from sbv2_jax.tree import leaf_names
 
 SMALLEST_SPLIT = 512  # the networks here are small

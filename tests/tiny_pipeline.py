@@ -17,7 +17,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from sbv2_jax.convert.pipeline import save_pipeline
+from sbv2_jax.convert.formats.pipeline import save_pipeline
 
 LENGTH = 12
 # SDXL's two towers, of different widths and depths, and a UNet for what they give and six sizes.

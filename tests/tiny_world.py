@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sbv2_jax import lora, steps
-from sbv2_jax.assemble import Run, assemble
-from sbv2_jax.config import default_config
+from sbv2_jax.diffusion.schedule import ScheduleConfig
+from sbv2_jax.distill import steps
+from sbv2_jax.distill.state import Frozen, TrainState, init_state
+from sbv2_jax.models import lora
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.network import Network
@@ -19,9 +20,9 @@ from sbv2_jax.models.registry import network
 from sbv2_jax.models.tiny_vae import TinyVAEConfig
 from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.models.vae import VAEConfig
-from sbv2_jax.parts import Part, Parts
-from sbv2_jax.schedule import ScheduleConfig
-from sbv2_jax.state import Frozen, TrainState, init_state
+from sbv2_jax.run.build import Run, assemble
+from sbv2_jax.run.components import Part, Parts
+from sbv2_jax.run.config import default_config
 from sbv2_jax.tree import Params
 
 BATCH, LATENTS, VOCABULARY, END, LENGTH = 4, (8, 8, 4), 40, 39, 7

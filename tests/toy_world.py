@@ -9,14 +9,15 @@ import optax
 from flax import nnx
 from tiny_world import fast_jit
 
-from sbv2_jax import lora, steps
-from sbv2_jax.conditions import Text, TextEncoder
+from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
+from sbv2_jax.distill import steps
+from sbv2_jax.distill.state import Frozen, TrainState, init_state
+from sbv2_jax.distill.train_step import make_train_step
+from sbv2_jax.models import lora
 from sbv2_jax.models.clip import TextOutput
+from sbv2_jax.models.conditions import Text, TextEncoder
 from sbv2_jax.models.layers import Embed, Linear
 from sbv2_jax.models.network import Network
-from sbv2_jax.schedule import ScheduleConfig, make_schedule
-from sbv2_jax.state import Frozen, TrainState, init_state
-from sbv2_jax.train_step import make_train_step
 from sbv2_jax.tree import cast
 
 BATCH, LATENTS, VOCABULARY = 8, (2, 2, 3), 12

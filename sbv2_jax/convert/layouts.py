@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from sbv2_jax.convert.component import load_component, write_component
-from sbv2_jax.convert.files import new_directory
-from sbv2_jax.convert.pipeline import save_pipeline
-from sbv2_jax.convert.resolve import resolve
-from sbv2_jax.convert.side_files import copy_clip_files
+from sbv2_jax.convert.formats.component import load_component, write_component
+from sbv2_jax.convert.formats.files import new_directory
+from sbv2_jax.convert.formats.pipeline import save_pipeline
+from sbv2_jax.convert.formats.resolve import resolve
+from sbv2_jax.convert.formats.side_files import copy_clip_files
 
 
 def rewrite(model: str | Path, out: str | Path, *, orbax: bool) -> None:

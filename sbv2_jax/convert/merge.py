@@ -8,9 +8,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sbv2_jax.convert.unets import Model, require_alike, save_model
+from sbv2_jax.convert.model import Model, require_alike, save_model
+from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
-from sbv2_jax.schedule import ScheduleConfig
 
 # A UNet may be used at another size than it was made for.
 _MAY_DIFFER = ("sample_size", "upcast_attention")

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbv2_jax.convert.component import write_component
-from sbv2_jax.convert.files import file_of, new_directory, read_json
-from sbv2_jax.convert.names import params_from_torch, to_torch, torch_names
-from sbv2_jax.convert.resolve import resolve
-from sbv2_jax.convert.safetensors_io import DTYPES, TensorInfo
-from sbv2_jax.convert.side_files import copy_clip_files, write_preprocessor
-from sbv2_jax.convert.weights import open_weights
+from sbv2_jax.convert.formats.component import write_component
+from sbv2_jax.convert.formats.files import file_of, new_directory, read_json
+from sbv2_jax.convert.formats.names import params_from_torch, to_torch, torch_names
+from sbv2_jax.convert.formats.resolve import resolve
+from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo
+from sbv2_jax.convert.formats.side_files import copy_clip_files, write_preprocessor
+from sbv2_jax.convert.formats.weight_files import open_weights
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from sbv2_jax.models.clip_image import CLIP_MEAN, CLIP_STD, CLIPImageConfig

@@ -10,10 +10,10 @@ from typing import Protocol, SupportsIndex
 
 import grain
 
-from sbv2_jax.convert.files import read_json
+from sbv2_jax.convert.formats.files import read_json
 from sbv2_jax.data.text_prompts import TextPrompts, decode
 from sbv2_jax.errors import InputError
-from sbv2_jax.tokenizer import Tokenizer, TokenizerPair
+from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
 
 _COUNTED = 10_000
 
@@ -40,7 +40,7 @@ def open_prompts(path: str | os.PathLike, split: str = "train") -> PromptSource:
     """
     world = re.fullmatch(r"openmoji(?::(\d+))?", os.fspath(path))
     if world:
-        from sbv2_jax.data.openmoji import Captions
+        from sbv2_jax.openmoji.world import Captions
 
         return Captions(int(world[1])) if world[1] else Captions()
     path = Path(path)

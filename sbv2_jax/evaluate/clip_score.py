@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbv2_jax.convert.component import Component
+from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.models.clip_image import CLIPImageConfig, preprocess
 from sbv2_jax.models.registry import network
-from sbv2_jax.tokenizer import Tokenizer
+from sbv2_jax.models.tokenizer import Tokenizer
 
 _BATCH = 100
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from sbv2_jax.programs import Separate
-from sbv2_jax.sharding import bytes_per_device
+from sbv2_jax.devices.programs import Separate
+from sbv2_jax.devices.sharding import bytes_per_device
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,20 +13,20 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
-from sbv2_jax import inference
-from sbv2_jax.assemble import Run, assemble
-from sbv2_jax.compilation import abstract_batch, compile_step, lay_out
-from sbv2_jax.config import validate
+from sbv2_jax.devices.sharding import Layout, bytes_per_device, shardings
+from sbv2_jax.distill.train_step import make_train_step
 from sbv2_jax.errors import InputError
-from sbv2_jax.generators import student_of
-from sbv2_jax.inference import GeneratorParams
-from sbv2_jax.parts import read_parts
+from sbv2_jax.generate import inference
+from sbv2_jax.generate.inference import GeneratorParams
 from sbv2_jax.plan.flops import count_flops
 from sbv2_jax.plan.hlo import Buffer, collective_bytes, largest_arrays
 from sbv2_jax.plan.memory import Need, Recorded, needs
 from sbv2_jax.plan.topologies import Chip, devices_of
-from sbv2_jax.sharding import Layout, bytes_per_device, shardings
-from sbv2_jax.train_step import make_train_step
+from sbv2_jax.run.build import Run, assemble
+from sbv2_jax.run.compilation import abstract_batch, compile_step, lay_out
+from sbv2_jax.run.components import read_parts
+from sbv2_jax.run.config import validate
+from sbv2_jax.run.generators import student_of
 from sbv2_jax.tree import Shapes
 
 # What the compiler says when a program is too large depends on where it noticed.

@@ -1,0 +1,198 @@
+"""One model directory, `config.json` and weights, to parameters and back.
+
+The weights are safetensors files as diffusers and transformers write them, or an Orbax checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbv2_jax.convert.formats import orbax_files
+from sbv2_jax.convert.formats.files import existing_directory, file_of, new_directory, read_json, write_json
+from sbv2_jax.convert.formats.legacy import current_names, current_shape
+from sbv2_jax.convert.formats.names import to_ours, to_torch, torch_name, torch_names
+from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo
+from sbv2_jax.convert.formats.weight_files import MAX_SHARD_BYTES, Weights, open_weights, write_weights
+from sbv2_jax.errors import InputError
+from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.registry import class_name, class_of, config_class, network
+from sbv2_jax.tree import Shapes, require_same
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Component:
+    """A model: its configuration, and its parameters as flat NumPy arrays in our names and axes."""
+
+    config: ModelConfig
+    params: dict[str, np.ndarray]
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """Reads the `config.json` of a model directory.
+
+    Raises InputError for a missing directory or file, and for a class or field that is not supported.
+    """
+    path = file_of(existing_directory(directory), "config.json")
+    values = read_json(path)
+    name = class_name(values, str(path))
+    config = config_class(name).from_dict(values, str(path))
+    class_of(config)
+    return config
+
+
+def check_component(directory: str | Path) -> ModelConfig:
+    """Reads the configuration of a model directory and compares what its weights' files say with it.
+
+    Raises InputError as `load_component` does, before any tensor is read.
+    """
+    config, directory = load_config(directory), Path(directory)
+    if orbax_files.has_params(directory):
+        orbax_files.check_params(directory, network(config).shapes)
+        return config
+    weights = open_weights(directory, _stem(config))
+    _match(class_of(config), weights, network(config).shapes, str(directory))
+    return config
+
+
+def load_component(
+    directory: str | Path, *, dtype: Any | None = None, variant: str | None = None
+) -> Component:
+    """Loads a model directory, without network and without pickle.
+
+    The parameters keep the file's types unless `dtype` (float32, bfloat16 or float16) is asked for; where no
+    cast is needed those of safetensors are read-only views of the file. All checks come before the first tensor
+    is read. Raises InputError that lists every missing and unexpected name, every wrong shape and type, in the
+    names of the files; also for a value that `dtype` cannot hold. `variant` is explained at
+    `weights.open_weights`.
+    """
+    directory = existing_directory(directory)
+    dtype = None if dtype is None else _format_name(dtype)
+    config = load_config(directory)
+    if variant is None and orbax_files.has_params(directory):
+        stored = orbax_files.read_params(directory, network(config).shapes)
+        return Component(config, {name: _cast(name, stored[name], dtype) for name in sorted(stored)})
+    weights = open_weights(directory, _stem(config), variant=variant)
+    ours = _match(class_of(config), weights, network(config).shapes, str(directory))
+    # What is cast is read and let go; the rest stays where it is, in the file.
+    mapped = all(dtype in (None, weights.infos[name].dtype) for name in ours)
+    params = {}
+    for name, array in weights.read(ours.keys(), mapped=mapped):
+        array = array.reshape(current_shape(class_of(config), name, array.shape))
+        params[ours[name]] = _cast(ours[name], to_ours(ours[name], array), dtype)
+    return Component(config, {name: params[name] for name in sorted(params)})
+
+
+def _match(class_name: str, weights: Weights, shapes: Shapes, source: str) -> dict[str, str]:
+    """Returns our name of every parameter by its name in the file, having compared all of them."""
+    current = current_names(class_name, weights.infos, source)
+    ours = torch_names(shapes)
+    found = set(current.values())
+    wrong = [
+        f"missing {name} {_torch_shape(ours[name], shapes[ours[name]].shape)}"
+        for name in ours
+        if name not in found
+    ]
+    for name, today in current.items():
+        info = weights.infos[name]
+        if today not in ours:
+            wrong.append(f"unexpected {ascii(name)[1:-1]} {info.shape}")
+            continue
+        shape = _torch_shape(ours[today], shapes[ours[today]].shape)
+        if current_shape(class_name, name, info.shape) != shape:
+            wrong.append(f"{name} has shape {info.shape}, expected {shape}")
+        if info.dtype not in DTYPES:
+            wrong.append(f"{name} has type {info.dtype}, expected one of {', '.join(DTYPES)}")
+    if wrong:
+        raise InputError(f"{source} does not fit its config.json in {len(wrong)} tensors: {'; '.join(wrong)}")
+    return {name: ours[today] for name, today in current.items()}
+
+
+def save_component(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, np.ndarray | jax.Array],
+    *,
+    dtype: Any | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model directory that the `from_pretrained` of diffusers or transformers loads.
+
+    Types are kept unless `dtype` (float32, bfloat16 or float16) is asked for. Everything is written next to
+    `directory` and renamed at the end. Raises InputError where the directory is not empty or cannot be
+    written, for parameters that do not fit the configuration, and for values that `dtype` cannot hold.
+    """
+    with new_directory(directory) as partial:
+        write_component(partial, config, params, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write_component(
+    directory: Path,
+    config: ModelConfig,
+    params: Mapping[str, np.ndarray | jax.Array],
+    *,
+    dtype: Any | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    orbax: bool = False,
+) -> None:
+    """Writes the files of `save_component`, or with `orbax` an Orbax checkpoint, into a directory that exists.
+
+    Raises InputError as `save_component` does; not atomic.
+    """
+    require_same(params, network(config).shapes, "the parameters given", class_of(config))
+    dtype = None if dtype is None else _format_name(dtype)
+    values = config.to_dict()
+    if not config.CLASS_NAME:
+        values["architectures"] = [class_of(config)]
+    write_json(directory / "config.json", values)
+    if orbax:
+        arrays = {
+            name: _cast(name, np.asarray(leaf), dtype or _format_name(leaf.dtype))
+            for name, leaf in params.items()
+        }
+        orbax_files.write_params(directory, arrays)
+        return
+    infos = {
+        torch_name(name): TensorInfo(dtype or _format_name(leaf.dtype), _torch_shape(name, leaf.shape))
+        for name, leaf in params.items()
+    }
+    ours = {torch_name(name): name for name in params}
+
+    def tensor(name: str) -> np.ndarray:
+        return _cast(ours[name], to_torch(ours[name], np.asarray(params[ours[name]])), dtype)
+
+    write_weights(directory, _stem(config), infos, tensor, max_shard_bytes=max_shard_bytes)
+
+
+def _stem(config: ModelConfig) -> str:
+    return "diffusion_pytorch_model" if config.CLASS_NAME else "model"
+
+
+def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return to_torch(name, np.broadcast_to(np.float32(0), shape)).shape
+
+
+def _format_name(dtype: Any) -> str:
+    """Returns the file format's name of a type; raises InputError for one that weights cannot have."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    for name, known in DTYPES.items():
+        if known == found:
+            return name
+    raise InputError(f"weights of type {dtype} are not supported (float32, bfloat16 or float16)")
+
+
+def _cast(name: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
+    if dtype is None or array.dtype == DTYPES[dtype]:
+        return array
+    try:
+        with np.errstate(over="raise"):
+            return array.astype(DTYPES[dtype])
+    except FloatingPointError as error:
+        raise InputError(f"{torch_name(name)} has values too large for {DTYPES[dtype]}") from error

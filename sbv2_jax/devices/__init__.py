@@ -1,0 +1,1 @@
+"""Meshes, sharding rules, programs, processes and compiled programs kept on disk."""

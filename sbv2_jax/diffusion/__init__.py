@@ -1,0 +1,1 @@
+"""Mathematics on arrays: noise schedules and samplers; knows no network."""

@@ -1,0 +1,144 @@
+"""From prompts to picture files: what `launch/generate.py` does."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from sbv2_jax.convert.formats.files import new_file, read_json, write_json
+from sbv2_jax.data.prompts import describe_cut
+from sbv2_jax.data.text_prompts import TextPrompts
+from sbv2_jax.errors import InputError
+from sbv2_jax.generate.inference import check_prompts, load
+from sbv2_jax.generate.pictures import save_png, tile
+
+SETTINGS = "settings.json"
+_OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def draw(
+    model: str,
+    out: str,
+    *,
+    prompts: Sequence[str],
+    prompts_file: str | None,
+    num: int,
+    seed: int,
+    noise_file: str | None,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    batch_size: int,
+) -> None:
+    """Draws `num` pictures for each prompt and writes them to a .png file, or as 00000.png ... to a directory.
+
+    The picture of a prompt depends on the prompt, its place and the seed. Pictures that a directory already
+    holds are kept, so a run that was interrupted goes on where it stopped; `settings.json` beside them says what
+    they were drawn from, and with anything else the directory is refused.
+    Raises InputError for bad input before anything is written.
+    """
+    if bool(prompts) == bool(prompts_file):
+        raise InputError("give either --prompt or --prompts")
+    given = list(TextPrompts(prompts_file)) if prompts_file else list(prompts)
+    check_prompts(given)
+    texts = [text for text in given for _ in range(num)]
+    noise = _read_noise(noise_file, len(texts)) if noise_file else None
+    settings = {
+        "model": model,
+        "prompts": hashlib.sha256(json.dumps(given).encode()).hexdigest(),
+        "num": num,
+        "seed": seed,
+        "noise": None if noise is None else hashlib.sha256(noise).hexdigest(),
+        "steps": steps,
+        "guidance": guidance,
+        "sampler": sampler,
+    }
+    path = Path(out)
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    if suffix in _OTHER_PICTURES:
+        raise InputError(f"--out={out}: only .png files are written")
+    one_file = suffix == ".png"
+    _require_writable(path.parent if one_file else path, out)
+    if not one_file:
+        _require_same(path, settings)
+
+    pipeline = load(model)
+    if line := describe_cut(given, pipeline.tokenizer):
+        logging.warning(line)
+    names = [path / f"{index:05d}.png" for index in range(len(texts))]
+    todo = [index for index in range(len(texts)) if one_file or not names[index].exists()]
+    pictures = []
+    for start in tqdm(range(0, len(todo), batch_size), unit="batch", disable=len(todo) <= batch_size):
+        indices = todo[start : start + batch_size]
+        # The last batch is filled up, so that one compiled program draws all of them.
+        padded = (indices + [indices[-1]] * batch_size)[: min(batch_size, len(todo))]
+        batch = pipeline(
+            [texts[index] for index in padded],
+            seed=seed,
+            indices=padded,
+            noise=None if noise is None else noise[padded],
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+        )[: len(indices)]
+        if one_file:
+            pictures.extend(batch)
+        else:
+            # Not before the first batch: what the pipeline refuses leaves nothing behind.
+            if not (path / SETTINGS).exists():
+                with new_file(path / SETTINGS) as partial:
+                    write_json(partial, settings)
+            for index, picture in zip(indices, batch, strict=True):
+                save_png(names[index], picture)
+    if one_file:
+        save_png(path, tile(np.stack(pictures)))
+    print(f"{len(todo)} picture(s): {path}")
+
+
+def _read_noise(path: str, count: int) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            noise = np.lib.format.read_array(file)  # np.load would also open an .npz
+    except (OSError, ValueError) as error:
+        raise InputError(f"--noise={path}: {error}") from error
+    right = noise.ndim == 4 and len(noise) == count and noise.dtype == np.float32
+    if not right or not np.isfinite(noise).all():
+        raise InputError(
+            f"--noise={path}: it is {noise.dtype} {noise.shape}: finite float32 [{count}, h, w, c] is expected"
+        )
+    return np.ascontiguousarray(noise)
+
+
+def _require_writable(folder: Path, out: str) -> None:
+    """Raises InputError where no file can be made in a folder, or where it would have to be; leaves nothing."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write --out={out}: {error.strerror or error}") from error
+
+
+def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Raises InputError, naming what differs, where a directory holds pictures drawn from anything else."""
+    if not (directory / SETTINGS).exists():
+        if any(directory.glob("*.png")):
+            raise InputError(
+                f"--out={directory} holds pictures, and no {SETTINGS} that says what they were drawn from: "
+                "give another directory"
+            )
+        return
+    there = read_json(directory / SETTINGS)
+    differ = []
+    for name, here in settings.items():
+        if there.get(name) != here:
+            told = {"prompts": "the prompts differ", "noise": "the noise differs"}
+            differ.append(told.get(name) or f"{name} is {there.get(name)!r} there, {here!r} here")
+    if differ:
+        raise InputError(f"--out={directory} holds pictures of other settings: {'; '.join(differ)}")

@@ -1,0 +1,207 @@
+"""Pictures from prompts: a pure function, and the Pipeline that loads a directory and calls it."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbv2_jax.convert.formats.component import Component
+from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline, save_pipeline
+from sbv2_jax.diffusion import samplers
+from sbv2_jax.diffusion.schedule import Schedule, make_schedule, to_x0
+from sbv2_jax.errors import InputError
+from sbv2_jax.models.conditions import Text, TextEncoder, join, like, split
+from sbv2_jax.models.network import Network
+from sbv2_jax.models.registry import network
+from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
+from sbv2_jax.models.vae import VAEConfig
+from sbv2_jax.tree import Params, cast
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generator:
+    """What is static about a text-to-image model: its networks, schedule and latent scale."""
+
+    unet: Network
+    schedule: Schedule
+    text_encoder: TextEncoder
+    vae: Network
+    scaling_factor: float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GeneratorParams:
+    """The parameters of a `Generator`; those of several text towers are in one dictionary (`conditions.join`)."""
+
+    unet: Params
+    text_encoder: Params
+    vae: Params
+
+
+def generate(
+    generator: Generator,
+    params: GeneratorParams,
+    input_ids: jax.Array,
+    null_ids: jax.Array,
+    noise: jax.Array,
+    *,
+    steps: int = 1,
+    guidance: float = 1.0,
+    sampler: str = "dpm",
+) -> jax.Array:
+    """Returns pictures, float32 [B, H, W, 3] in [0, 1], from token ids and noise [B, h, w, c].
+
+    Token ids are [B, S], or [B, 2, S] for SDXL's two towers; the picture's size, which SDXL is told, is that of the
+    noise. One step predicts x0 at the last timestep, as a distilled student does; more integrate with "ddim" or
+    "dpm" (`samplers.sample`). `null_ids` is the empty prompt, [S] or [2, S], read where `guidance` is not 1.
+    Pure: the generator and the keyword arguments are static under `jax.jit`.
+    """
+    dtype = params.unet["conv_in.kernel"].dtype
+
+    def predict(x: jax.Array, t: jax.Array, text: Text) -> jax.Array:
+        return generator.unet.apply(params.unet, x.astype(dtype), t, *text).astype(jnp.float32)
+
+    encoder, latent_shape = generator.text_encoder, noise.shape[1:]
+    text = cast(encoder.apply(params.text_encoder, input_ids, latent_shape), dtype)
+    null = text
+    if guidance != 1.0:
+        null = like(cast(encoder.null(params.text_encoder, null_ids, latent_shape), dtype), text)
+    denoise = samplers.guided(predict, text, null, guidance)
+    if steps == 1:
+        t = jnp.full(noise.shape[:1], generator.schedule.num_timesteps - 1, jnp.int32)
+        latents = to_x0(generator.schedule, denoise(noise, t), noise, t)
+    else:
+        latents = samplers.sample(denoise, generator.schedule, noise, steps=steps, sampler=sampler)
+    return decode(generator, params.vae, latents)
+
+
+def decode(generator: Generator, vae: Params, latents: jax.Array) -> jax.Array:
+    """Returns pictures, float32 [B, H, W, 3] in [0, 1], of scaled latents [B, h, w, c]."""
+    latents = (latents / generator.scaling_factor).astype(vae["decoder.conv_in.kernel"].dtype)
+    images = generator.vae.apply(vae, latents, method="decode").astype(jnp.float32)
+    return jnp.clip(images * 0.5 + 0.5, 0.0, 1.0)
+
+
+def initial_noise(seed: int, indices: Sequence[int], latent_shape: tuple[int, ...]) -> jax.Array:
+    """Returns standard normal noise [len(indices), h, w, c], each sample's from the seed and its index alone."""
+    root = jax.random.key(seed)
+    keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(jnp.asarray(indices, jnp.uint32))
+    return jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
+
+
+def to_uint8(images: jax.Array) -> np.ndarray:
+    """Returns pictures in [0, 1] as uint8, rounded."""
+    return np.asarray(jnp.round(images * 255.0)).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A text-to-image model that is ready to use; `sbv2_jax.load` makes one."""
+
+    generator: Generator
+    params: GeneratorParams
+    tokenizer: Tokenizer | TokenizerPair
+    latent_shape: tuple[int, int, int]
+    parts: PipelineParts
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        noise: np.ndarray | None = None,
+        steps: int = 1,
+        guidance: float = 1.0,
+        sampler: str = "dpm",
+    ) -> np.ndarray:
+        """Returns one picture for each prompt, uint8 [B, H, W, 3].
+
+        A picture depends on its prompt, the seed and its index (its place in the list, or `indices`), whatever
+        the size of the batch. `noise`, float32 [B, h, w, c], replaces the seed.
+        Raises InputError for an empty prompt, and for noise of another shape, dtype or with NaN.
+        """
+        check_prompts(prompts)
+        shape = (len(prompts), *self.latent_shape)
+        if noise is None:
+            noise = initial_noise(
+                seed, range(len(prompts)) if indices is None else indices, self.latent_shape
+            )
+        elif noise.shape != shape or noise.dtype != np.float32 or not np.isfinite(noise).all():
+            raise InputError(
+                f"noise is {noise.dtype} {noise.shape}: finite float32 {shape} is expected, one for each prompt"
+            )
+        images = self._generate(steps, guidance, sampler)(
+            self.params, self.tokenizer.encode(prompts), self.tokenizer.encode([""])[0], noise
+        )
+        return to_uint8(images)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the pipeline, with the weights in `params`, as a directory that diffusers loads.
+
+        The other files are those of the directory that it was loaded from. Raises InputError for a directory that
+        is not empty or cannot be written, and for weights that do not fit; nothing is written then.
+        """
+        towers = split(self.params.text_encoder, self.parts.text_encoders)
+        networks = {
+            name: Component(self.parts.configs[name], jax.device_get(params))
+            for name, params in {"unet": self.params.unet, "vae": self.params.vae, **towers}.items()
+        }
+        save_pipeline(directory, base=self.parts.directory, **networks)
+
+    @functools.cache  # noqa: B019 (as long-lived as the pipeline; a compiled program is kept for each setting)
+    def _generate(self, steps: int, guidance: float, sampler: str) -> Any:
+        settings = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        return jax.jit(functools.partial(generate, self.generator, **settings))
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises InputError that names the first prompt that is empty."""
+    if not prompts:
+        raise InputError("no prompt was given")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise InputError(f"prompt {number} of {len(prompts)} is empty")
+
+
+def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
+    """Loads a diffusers text-to-image directory, a hub id, or "bundled", in one dtype.
+
+    In float16 an autoencoder of SDXL that says `force_upcast`, since it overflows there, stays in float32.
+    Raises InputError for a path that is missing and for files that do not fit the networks.
+    """
+    parts = load_pipeline(path_or_id, dtype=dtype)
+    unet, vae = parts.configs["unet"], parts.configs["vae"]
+    if unet.sample_size is None:
+        raise InputError(
+            f"{path_or_id}: unet/config.json does not say a sample_size: write it, the latents' side"
+        )
+    generator = Generator(
+        unet=network(unet),
+        schedule=make_schedule(parts.schedule_config),
+        text_encoder=TextEncoder(
+            {name: network(parts.configs[name]) for name in parts.text_encoders},
+            downsampling=vae.downsampling,
+            zero_null=parts.zero_null,
+        ),
+        vae=network(vae),
+        scaling_factor=vae.scaling_factor,
+    )
+    upcast = len(parts.text_encoders) == 2 and isinstance(vae, VAEConfig) and vae.force_upcast
+    vae_dtype = jnp.float32 if upcast and jnp.dtype(dtype) == jnp.float16 else dtype
+    # Not the cached parts: they would stay on the host as well.
+    params = GeneratorParams(
+        unet=jax.device_put(parts.component("unet").params),
+        text_encoder=join(
+            {name: jax.device_put(parts.component(name).params) for name in parts.text_encoders}
+        ),
+        vae=jax.device_put(parts.component("vae", dtype=vae_dtype).params),
+    )
+    shape = (unet.sample_size, unet.sample_size, unet.in_channels)
+    return Pipeline(generator, params, parts.tokenizer, shape, parts)

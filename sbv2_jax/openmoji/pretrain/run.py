@@ -1,0 +1,58 @@
+"""The pre-training from beginning to end: the world, the tokenizer, five networks, one directory."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from sbv2_jax.checkpoint.files import mounted
+from sbv2_jax.errors import InputError
+from sbv2_jax.models.tokenizer import Tokenizer, load_tokenizer
+from sbv2_jax.openmoji.identities import identities
+from sbv2_jax.openmoji.pretrain import settings
+from sbv2_jax.openmoji.pretrain.bundle import write_bundle
+from sbv2_jax.openmoji.pretrain.dataset import World, open_world
+from sbv2_jax.openmoji.pretrain.stages import Stages
+from sbv2_jax.openmoji.pretrain.tokenizer import train_tokenizer
+
+
+def pretrain(config: ConfigDict, workdir: str | Path, command: str) -> Path:
+    """Trains the pipeline of a configuration in `workdir` and returns its directory, `workdir/pipeline`.
+
+    Interrupted, it goes on from the newest checkpoint of the stage it was in; complete stages are not trained
+    again. `command` is quoted in the model card. Raises InputError for a wrong field, without the [openmoji]
+    extra, and where the workdir holds a run of other settings.
+    """
+    settings.validate(config)
+    workdir = mounted(workdir)
+    world = open_world(
+        workdir / "world", pictures=config.pictures, phrasings=config.phrasings, seed=config.seed
+    )
+    tokenizer = _tokenizer(workdir / "tokenizer", world, config.tokenizer)
+    stages = Stages(config, workdir, world, tokenizer)
+    components = {name: stages.component(name) for name in settings.STAGES}
+    write_bundle(
+        workdir / "pipeline",
+        components,
+        tokenizer_dir=workdir / "tokenizer",
+        card={
+            "steps": config.unet.sample_steps,
+            "guidance": config.unet.guidance,
+            "pictures": config.pictures,
+            "identities": len(identities("train")),
+            "seed": config.seed,
+            "command": command,
+        },
+        figures=stages.figures(),
+        grids=[workdir / "grid_unet.png", workdir / "grid_vae.png"],
+    )
+    return workdir / "pipeline"
+
+
+def _tokenizer(directory: Path, world: World, config: ConfigDict) -> Tokenizer:
+    if not directory.is_dir():
+        captions = (text for texts in world.captions for text in texts)
+        train_tokenizer(captions, directory, **config)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.max_length != config.max_length or tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{directory} is of another config.tokenizer: remove it, or use another workdir")
+    return tokenizer

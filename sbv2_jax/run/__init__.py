@@ -1,0 +1,1 @@
+"""A distillation run: its configuration, its networks, its loop, its files."""

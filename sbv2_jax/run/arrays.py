@@ -1,0 +1,98 @@
+"""The weights of a run: loaded onto their shardings, or made at step 0."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbv2_jax.convert.formats.component import load_component
+from sbv2_jax.convert.lora.files import modules_of, read_lora
+from sbv2_jax.distill.state import Frozen, TrainState, init_state
+from sbv2_jax.errors import InputError
+from sbv2_jax.models import lora
+from sbv2_jax.models.conditions import join
+from sbv2_jax.run.build import Run
+from sbv2_jax.run.components import Part
+from sbv2_jax.tree import Params, require_same
+
+
+def load_frozen(run: Run, null_ids: np.ndarray, placement: Frozen) -> Frozen:
+    """Loads every frozen network in the compute dtype, onto the given shardings.
+
+    `null_ids`, [S] or [2, S], is the empty prompt for the text encoder.
+    """
+    dtype = run.objective.compute_dtype
+
+    def weights(part: Part | None, shardings: dict[str, jax.sharding.Sharding]) -> Params:
+        return {} if part is None else place(load_component(part.directory, dtype=dtype).params, shardings)
+
+    towers = {
+        name: load_component(part.directory, dtype=dtype).params
+        for name, part in run.parts.text_encoders.items()
+    }
+    text_encoder = place(join(towers), placement.text_encoder)
+    encode_null = jax.jit(
+        lambda params: run.models.text_encoder.null(
+            params, jnp.asarray(null_ids), run.objective.latent_shape
+        ),
+        out_shardings=placement.null_text,
+    )
+    return Frozen(
+        teacher=weights(run.parts.teacher, placement.teacher),
+        student=weights(run.parts.student, placement.student) if run.lora_student else {},
+        text_encoder=text_encoder,
+        null_text=encode_null(text_encoder),
+        decoder=weights(run.parts.decoder, placement.decoder),
+        clip=weights(run.parts.clip, placement.clip),
+    )
+
+
+def read_start(run: Run, file: str) -> dict[str, np.ndarray]:
+    """Reads the LoRA file that the student's LoRA starts from, in float32.
+
+    Raises InputError as `read_lora` does, and, listing every difference, for other layers, another rank or
+    another strength, alpha / rank, than the run's.
+    """
+    shapes, scale = run.state_shapes.student, run.objective.student_lora_scale
+    start = read_lora(file, layers=modules_of(shapes))
+    require_same(start.factors, shapes, file, "config.student.lora")
+    if wrong := [
+        f"{module} has {found:g}"
+        for module, found in start.scales.items()
+        if not math.isclose(found, scale, rel_tol=1e-6)
+    ]:
+        raise InputError(
+            f"{file} has another alpha / rank than config.student.lora, {scale:g}: {'; '.join(wrong)}"
+        )
+    return dict(start.factors)
+
+
+def load_state(run: Run, placement: TrainState, start: dict[str, np.ndarray] | None = None) -> TrainState:
+    """Makes the state at step 0: float32 masters of the student's weights, or its LoRA, and the score's LoRA.
+
+    `start` holds the factors that the student's LoRA starts from, in place of new ones.
+    """
+    score = place(lora.split(run.models.score.init(run.seed))[1], placement.score)
+    if run.lora_student:
+        student = start or lora.split(run.models.student.init(run.seed + 1))[1]
+    else:
+        student = load_component(run.parts.student.directory, dtype=jnp.float32).params
+    student = place(student, placement.student)
+    initialise = jax.jit(
+        lambda student, score: init_state(
+            run.seed, student, score, run.student_optimizer, run.score_optimizer, run.objective.ema > 0
+        ),
+        out_shardings=placement,
+    )
+    return initialise(student, score)
+
+
+def place(arrays: dict[str, np.ndarray], shardings: dict[str, jax.sharding.Sharding]) -> Params:
+    """Puts host arrays onto devices; with several processes each holds the whole array and gives its part."""
+    return {
+        name: jax.make_array_from_callback(
+            array.shape, shardings[name], lambda index, array=array: np.asarray(array[index])
+        )
+        for name, array in arrays.items()
+    }

@@ -1,0 +1,56 @@
+"""What a run would hold and where, from shapes alone: the text of `--dry_run`."""
+
+import jax
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from sbv2_jax.devices.sharding import AXES, Layout, bytes_per_device
+from sbv2_jax.run.build import Run
+from sbv2_jax.run.config import check_mesh, planned_devices
+from sbv2_jax.tree import GIB, count, nbytes
+
+
+def dry_run(config: ConfigDict, run: Run) -> str:
+    """Returns the mesh, parameter counts, shardings and bytes per device; touches no device.
+
+    The mesh is that of the configuration, wherever the command runs; `mesh.data` = -1 counts as 1.
+    """
+    mesh = AbstractMesh(check_mesh(config, planned_devices(config)), AXES)
+    state, frozen = run.state_shapes, run.frozen_shapes
+    layout = Layout(mesh, config.mesh.rules, state, frozen)
+    lines = [
+        f"mesh: {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} = {mesh.size} devices, "
+        f"batch {config.batch_size} in {config.accumulate} part(s), "
+        f"{config.batch_size // (config.accumulate * mesh.size)} image(s) a device at a time",
+        f"latents: {' x '.join(map(str, run.objective.latent_shape))}, networks in {config.precision}",
+        "",
+        f"{'':<24}{'parameters':>16}{'GiB':>10}{'GiB a device':>14}",
+    ]
+    parts = {
+        "student, trained": (state.student, layout.state.student),
+        "student, optimizer": (state.student_opt, layout.state.student_opt),
+        "student, EMA": (state.ema, layout.state.ema),
+        "score LoRA": (state.score, layout.state.score),
+        "score LoRA, optimizer": (state.score_opt, layout.state.score_opt),
+        "teacher, frozen": (frozen.teacher, layout.frozen.teacher),
+        "student base, frozen": (frozen.student, layout.frozen.student),
+        "text encoder, frozen": (frozen.text_encoder, layout.frozen.text_encoder),
+        "decoder, frozen": (frozen.decoder, layout.frozen.decoder),
+        "CLIP, frozen": (frozen.clip, layout.frozen.clip),
+    }
+    total = 0
+    for name, (tree, placed) in parts.items():
+        if not jax.tree.leaves(tree):
+            continue
+        on_device = bytes_per_device(tree, placed)
+        total += on_device
+        parameters = f"{count(tree):,}" if isinstance(tree, dict) else ""
+        lines.append(f"{name:<24}{parameters:>16}{nbytes(tree) / GIB:>10.3f}{on_device / GIB:>14.3f}")
+    lines += [f"{'total a device':<50}{total / GIB:>14.3f}", "", "sharding rules, first match wins:"]
+    for (pattern, strategy), leaves in zip(layout.rules, layout.matches().values(), strict=True):
+        lines.append(f"  {strategy:<10} {leaves:>6} leaves  {pattern}")
+    lines += ["", "the largest leaves of the student:"]
+    for name in sorted(state.student, key=lambda name: -state.student[name].size)[:5]:
+        lines.append(f"  {name} {state.student[name].shape} {layout.state.student[name].spec}")
+    lines += ["", "activations, gradients and the compiler's temporaries come on top."]
+    return "\n".join(lines)

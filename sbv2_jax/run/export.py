@@ -1,0 +1,118 @@
+"""What a run has trained, from its state or from its checkpoints, in the files of diffusers."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from sbv2_jax.convert.formats.pipeline import save_pipeline
+from sbv2_jax.convert.lora.files import save_lora
+from sbv2_jax.convert.model import save_model
+from sbv2_jax.devices import processes
+from sbv2_jax.distill.state import TrainState
+from sbv2_jax.errors import InputError
+from sbv2_jax.run.build import Run
+from sbv2_jax.run.trained import kept_student, model_of, read_run, student_of
+from sbv2_jax.tree import Params
+
+# For weights of gigabytes, on a slow file system.
+_EXPORT_SECONDS = 3600
+
+
+def export_student(run: Run, state: TrainState, directory: Path) -> None:
+    """Writes the student, averaged where the run keeps an average, as a pipeline for one step in diffusers.
+
+    The other parts are the teacher's. The student's weights are float32; a LoRA is merged into its base in
+    float32. An older export of the same run is replaced. Process 0 writes, and the others wait for it: one that
+    ended at once would have the first ended too, after five minutes. Raises InputError, in every process, where it
+    cannot be written.
+    """
+    trained = _on_host(state.ema or state.student)
+    everyone = set(range(jax.process_count()))
+    with processes.together():
+        try:
+            if jax.process_index() == 0:
+                _write_student(run, trained, directory)
+        finally:
+            ocp.multihost.sync_global_processes("exported", timeout=_EXPORT_SECONDS, processes=everyone)
+
+
+def _write_student(run: Run, trained: dict[str, np.ndarray], directory: Path) -> None:
+    scratch = directory.with_name(f".{directory.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    objective = run.objective
+    student = model_of(
+        str(directory),
+        trained,
+        run.parts,
+        lora_scale=objective.student_lora_scale,
+        side=objective.latent_shape[0],
+    )
+    save_model(scratch, student)
+    shutil.rmtree(directory, ignore_errors=True)
+    scratch.rename(directory)
+
+
+def export_checkpoint(
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    which: str | None = None,
+    base: str | None = None,
+    init: str | None = None,
+) -> int:
+    """Writes a model of a run's checkpoint as a pipeline; returns the checkpoint's step.
+
+    Args:
+      run: the run's directory, which may be training.
+      out: a new or empty directory.
+      step: the step to take; without it, the newest one that verifies.
+      which: "student" or "ema", which are written as `export_student` does, or "teacher", the pipeline that
+        the run distils; without it, the average where the run keeps one.
+      base, init: the teacher's pipeline and what the student started from, where they are no longer where the
+        run found them.
+
+    Raises InputError as `student_of` does; nothing is written then.
+    """
+    if which == "score":
+        raise InputError("--which=score is no student; it can be written as a LoRA file")
+    if which == "teacher":
+        found, _, config = read_run(run, step, "step")
+        save_pipeline(out, base=base or config.teacher)
+        return found
+    found, student = student_of(run, step=step, which=which, base=base, init=init)
+    save_model(out, student)
+    return found
+
+
+def export_lora(
+    run: str | Path, out: str | Path, *, step: int | None = None, which: str | None = None
+) -> int:
+    """Writes a LoRA of a run's checkpoint as a file for diffusers and PEFT; returns the checkpoint's step.
+
+    `which` is "student", "ema" (the student's average) or "score", the LoRA on the teacher; without it, the
+    average where the run keeps one.
+    Raises InputError as `export_checkpoint` does, for a student of which all weights were trained, and where
+    the file exists.
+    """
+    if which == "teacher":
+        raise InputError("--which=teacher is no LoRA; convert to-diffusers writes it")
+    if which is None:
+        which = kept_student(read_run(run, step, "step")[2])
+    found, trained, config = read_run(run, step, f"{which}.")
+    if which != "score" and config.student.mode != "lora":
+        raise InputError(
+            f"{run} trains all weights of its student, not a LoRA: convert to-diffusers, then extract-lora"
+        )
+    save_lora(out, trained, config.score.alpha if which == "score" else config.student.lora.alpha)
+    return found
+
+
+def _on_host(params: Params) -> dict[str, np.ndarray]:
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(params, tiled=True)
+    return jax.device_get(params)

@@ -1,0 +1,104 @@
+"""An estimate, before anything is compiled, of the memory that a run takes of each device."""
+
+import itertools
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from sbv2_jax.devices.sharding import AXES, Layout, bytes_per_device
+from sbv2_jax.distill.steps import generate
+from sbv2_jax.errors import InputError
+from sbv2_jax.run.build import Run, assemble
+from sbv2_jax.run.components import Parts
+from sbv2_jax.run.config import check_mesh
+from sbv2_jax.tree import GIB, nbytes
+
+# What the compiler's own temporaries and fragmentation leave of a device.
+USABLE = 0.85
+# A block that is computed again makes about so many arrays of the size of its input.
+_ARRAYS_OF_A_BLOCK = 32
+
+
+def fit(config: ConfigDict, parts: Parts, device_count: int, memory: float | None) -> ConfigDict:
+    """Returns the configuration with `mesh.fsdp` = -1 and `remat` = "auto" settled, by the estimate.
+
+    The weights are split over as few devices as possible, a power of two, and activations recomputed only where
+    that is needed for it. `memory` is that of one device in bytes; None, of a CPU, fits everything.
+    Raises InputError, with the estimate, where nothing fits.
+    """
+    if config.mesh.fsdp != -1 and config.remat != "auto":
+        return config
+    check_mesh(config, device_count)  # with the fewest devices that fsdp = -1 may mean
+    of_a_replica = device_count // config.mesh.replica
+    splits = [2**power for power in range(of_a_replica.bit_length()) if of_a_replica % 2**power == 0]
+    remats = ("none", "block") if config.remat == "auto" else (config.remat,)
+    if config.mesh.fsdp != -1:
+        splits = [config.mesh.fsdp]
+    config = config.copy_and_resolve_references()
+    runs: dict[str, tuple[Run, float]] = {}
+    for fsdp, remat in itertools.product(splits, remats):
+        config.mesh.fsdp, config.remat = fsdp, remat
+        if memory is None:
+            return config
+        if remat not in runs:
+            run = assemble(config, parts)
+            runs[remat] = run, activations(run, remat=remat == "block")
+        mesh = AbstractMesh(check_mesh(config, device_count), AXES)
+        wanted = estimate(config, *runs[remat], mesh)
+        if wanted <= USABLE * memory:
+            logging.info("fsdp %d, remat %r: %.1f GiB a device by the estimate", fsdp, remat, wanted / GIB)
+            return config
+    raise InputError(
+        f"even with config.mesh.fsdp = {fsdp} and config.remat = {remat!r} the run is estimated to "
+        f"take {wanted / GIB:.1f} GiB of a device, which has {memory / GIB:.1f}: raise config.accumulate"
+    )
+
+
+def device_memory() -> float | None:
+    """Returns the bytes of the first device's memory that JAX may use, or None where it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def estimate(config: ConfigDict, run: Run, of_an_image: float, mesh: AbstractMesh) -> float:
+    """Returns the bytes on each device: state, frozen networks, gradients, and the activations of one pass.
+
+    It counts the student's backward pass, the largest part of a step; `of_an_image` is from `activations`.
+    """
+    layout = Layout(mesh, config.mesh.rules, run.state_shapes, run.frozen_shapes)
+    held = bytes_per_device(run.state_shapes, layout.state) + bytes_per_device(
+        run.frozen_shapes, layout.frozen
+    )
+    # Gradients, and new weights while the old ones are still there.
+    updates = 2 * bytes_per_device(run.state_shapes.student, layout.state.student)
+    images = config.batch_size / (config.accumulate * mesh.size)
+    return held + updates + images * of_an_image
+
+
+def activations(run: Run, *, remat: bool) -> float:
+    """Returns the bytes that the student's backward pass takes for one image: what is kept, and made again."""
+    one, two = (_kept(run, batch) for batch in (1, 2))
+    # Weights are kept as well, and do not grow with the batch.
+    kept = nbytes(two) - nbytes(one)
+    again = (
+        _ARRAYS_OF_A_BLOCK * max(nbytes(b) - nbytes(a) for a, b in zip(one, two, strict=True)) if remat else 0
+    )
+    return kept + again
+
+
+def _kept(run: Run, batch: int) -> list[Any]:
+    """Returns the shapes of what the student's forward keeps for its backward pass."""
+    z = jax.ShapeDtypeStruct((batch, *run.objective.latent_shape), "float32")
+    text = jax.tree.map(
+        lambda null: jax.ShapeDtypeStruct((batch, *null.shape), null.dtype), run.frozen_shapes.null_text
+    )
+
+    def forward(student, frozen, z, text):
+        return jax.vjp(
+            lambda student: generate(run.models, run.objective, student, frozen, z, text), student
+        )[1]
+
+    return jax.tree.leaves(jax.eval_shape(forward, run.state_shapes.student, run.frozen_shapes, z, text))

@@ -1,0 +1,86 @@
+"""The picture of a run's progress: the same prompts and noise for the teacher and, step by step, the student."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sbv2_jax.convert.formats.component import load_component
+from sbv2_jax.devices.sharding import batch_sharding, shardings
+from sbv2_jax.distill.state import Frozen, TrainState
+from sbv2_jax.generate.inference import Generator, GeneratorParams, generate, initial_noise, to_uint8
+from sbv2_jax.generate.pictures import grid, save_png
+from sbv2_jax.models import lora
+from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
+from sbv2_jax.run.arrays import place
+from sbv2_jax.run.build import Run
+from sbv2_jax.run.generators import student_of, teacher_of
+from sbv2_jax.tree import Params, cast
+
+TEACHER_STEPS = 25
+# So many pixels of latents a device draws at a time: one picture of 512 px, or all prompts of a small world.
+AT_A_TIME = 64 * 64
+_STATIC = ("generator", "steps", "guidance", "sampler")
+
+
+class ProgressGrid:
+    """Draws `samples/step_NNNNNN.png`: the teacher in many steps and in one, and the student in one."""
+
+    def __init__(
+        self,
+        run: Run,
+        frozen: Frozen,
+        tokenizer: Tokenizer | TokenizerPair,
+        prompts: tuple[str, ...],
+        mesh: jax.sharding.Mesh,
+    ):
+        self._run, self._frozen, self._prompts = run, frozen, prompts
+        self._teacher, self._student = teacher_of(run), student_of(run)
+        host = load_component(run.parts.vae.directory, dtype=run.objective.compute_dtype).params
+        self._vae = place(host, shardings(self._student.vae.shapes, mesh))
+        self._ids, self._null_ids = tokenizer.encode(prompts), tokenizer.encode([""])[0]
+        self._noise = np.asarray(initial_noise(run.seed, range(len(prompts)), run.objective.latent_shape))
+        self._sharding = batch_sharding(mesh)
+        of_a_device = max(1, AT_A_TIME // run.objective.latent_shape[0] ** 2)
+        self._at_a_time = mesh.size * min(of_a_device, -(-len(prompts) // mesh.size))
+        # Every process has all pictures, whatever devices drew them.
+        self._generate = jax.jit(
+            generate, static_argnames=_STATIC, out_shardings=NamedSharding(mesh, PartitionSpec())
+        )
+        self._columns = {
+            f"teacher, {TEACHER_STEPS} steps": self._pictures(
+                self._teacher, frozen.teacher, steps=TEACHER_STEPS, guidance=run.objective.guidance
+            ),
+            "teacher, 1 step": self._pictures(self._teacher, frozen.teacher),
+        }
+        self._weights = jax.jit(functools.partial(student_weights, run))
+
+    def draw(self, state: TrainState, path: Path) -> None:
+        """Writes the grid of this state; the averaged student where the run keeps an average."""
+        weights = self._weights(state.ema or state.student, self._frozen.student)
+        columns = self._columns | {"student, 1 step": self._pictures(self._student, weights)}
+        if jax.process_index() == 0:
+            side = next(iter(columns.values())).shape[1]
+            save_png(path, grid(columns, self._prompts, scale=max(1, 128 // side)))
+
+    def _pictures(self, generator: Generator, unet: Params, **settings: float) -> np.ndarray:
+        params = GeneratorParams(unet=unet, text_encoder=self._frozen.text_encoder, vae=self._vae)
+        count, pictures = len(self._prompts), []
+        for start in range(0, count, self._at_a_time):
+            # The last ones are filled up, so that one compiled program draws all.
+            chosen = np.minimum(np.arange(start, start + self._at_a_time), count - 1)
+            inputs = {"ids": self._ids[chosen], "noise": self._noise[chosen]}
+            inputs = place(inputs, dict.fromkeys(inputs, self._sharding))
+            pictures.append(
+                self._generate(generator, params, inputs["ids"], self._null_ids, inputs["noise"], **settings)
+            )
+        return np.concatenate([to_uint8(each) for each in pictures])[:count]
+
+
+def student_weights(run: Run, trained: Params, base: Params) -> Params:
+    """Returns all weights of the student in the compute dtype: trained ones, or the base with its LoRA merged."""
+    if not run.lora_student:
+        return cast(trained, run.objective.compute_dtype)
+    return lora.merge(base, trained, run.objective.student_lora_scale)

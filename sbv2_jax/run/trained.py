@@ -1,0 +1,111 @@
+"""What a run's checkpoints hold: its arrays, its configuration, and its student as a model."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sbv2_jax import checkpoint
+from sbv2_jax.checkpoint.manifest import flatten
+from sbv2_jax.convert import model as unets
+from sbv2_jax.convert.model import Model
+from sbv2_jax.errors import InputError
+from sbv2_jax.run.components import Parts, latent_side, read_parts
+from sbv2_jax.run.students import student_model
+
+CHECKPOINTS = "checkpoints"
+# What a configuration must say for its checkpoint to be converted.
+_NEEDED = (
+    "teacher",
+    "architecture",
+    "resolution",
+    "student.init",
+    "student.mode",
+    "student.lora.rank",
+    "student.lora.alpha",
+    "score.rank",
+    "score.alpha",
+    "ema",
+)
+
+
+def read_run(run: str | Path, step: int | None, prefix: str) -> tuple[int, dict[str, np.ndarray], ConfigDict]:
+    """Returns a checkpoint's step, its arrays whose names start with `prefix`, and the run's configuration.
+
+    Without a `step` it is the newest one that verifies; the run may be training. Raises InputError for a
+    directory that holds no distillation's checkpoints, and for a step that does not verify.
+    """
+    checkpoints = Path(run) / CHECKPOINTS
+    found, arrays, manifest = checkpoint.load(checkpoints, step, prefix)
+    known = flatten(manifest.config)
+    if missing := [name for name in _NEEDED if name not in known]:
+        raise InputError(f"{checkpoints} is not of a distillation: its config lacks {', '.join(missing)}")
+    return found, arrays, ConfigDict(manifest.config)
+
+
+def student_of(
+    run: str | Path,
+    *,
+    step: int | None = None,
+    which: str | None = None,
+    base: str | None = None,
+    init: str | None = None,
+) -> tuple[int, Model]:
+    """Returns a checkpoint's step and its student, in the teacher's pipeline.
+
+    Args:
+      run, step: as for `read_run`.
+      which: "student" or "ema"; without it, the average where the run keeps one.
+      base, init: the teacher's pipeline and what the student started from, where they are no longer where the
+        run found them.
+
+    Raises InputError as `read_run` does, and for parts that are missing or do not fit.
+    """
+    if which is None:
+        # a scalar: only the configuration is wanted
+        which = kept_student(read_run(run, step, "step")[2])
+    found, trained, config = read_run(run, step, f"{which}.")
+    if base is not None:
+        config.teacher = base
+    if init is not None:
+        config.student.init = init
+    config.clip.model = ""  # its loss is not needed any more
+    lora = config.student.lora
+    parts = read_parts(config)
+    return found, model_of(
+        str(run), trained, parts, lora_scale=lora.alpha / lora.rank, side=latent_side(config, parts)
+    )
+
+
+def kept_student(config: ConfigDict) -> str:
+    """Returns which student stands for a run where none is asked for: "ema" where it keeps an average."""
+    return "ema" if config.ema else "student"
+
+
+def model_of(
+    name: str, trained: dict[str, np.ndarray], parts: Parts, *, lora_scale: float, side: int
+) -> Model:
+    """Returns a run's student, of these weights or factors of its LoRA, in the teacher's pipeline.
+
+    `side` is that of the latents that it was trained with, which it draws unless asked for others.
+    """
+    return student_model(
+        name,
+        trained,
+        base=parts.pipeline,
+        config=dataclasses.replace(parts.student.config, sample_size=side),
+        schedule=parts.student_schedule,
+        init=parts.student.directory,
+        lora_scale=lora_scale,
+    )
+
+
+def open_model(model: str | Path) -> Model:
+    """Opens a pipeline, a UNet on its own, or a run, which stands for its newest student that verifies.
+
+    Raises InputError as `unets.open_model` and `student_of` do.
+    """
+    if (Path(model) / CHECKPOINTS).is_dir():
+        return student_of(model)[1]
+    return unets.open_model(model)

@@ -1,0 +1,545 @@
+"""Checkpoints under damage, kills, other meshes and other owners: verified values or a clear error."""
+
+import gc
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from absl import logging
+from orbax.checkpoint._src.multihost import multihost
+
+from sbv2_jax.checkpoint import CheckpointError, Checkpoints, load
+from sbv2_jax.checkpoint.manifest import changed_leaves, describe
+from sbv2_jax.errors import InputError
+
+# A read that Orbax gives up on leaves coroutines behind; they are of no interest here.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+]
+
+CONFIG = {"steps": 10, "student": {"lr": 1e-6, "targets": ("q", "v")}, "prompts": "p.txt"}
+
+
+class State(NamedTuple):
+    step: jax.Array
+    student: dict
+    student_opt: tuple
+
+
+def state_at(step: int) -> State:
+    """Returns a state of all the kinds of leaves there are, a function of the step alone."""
+    rng = np.random.default_rng(step)
+    student = {
+        "conv_in.kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 64)), jnp.float32),
+        "down_blocks.0.attn1.to_q.kernel": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32),
+        "down_blocks.0.attn1.to_q.bias": jnp.asarray(rng.normal(size=(64,)), jnp.bfloat16),
+    }
+    return State(jnp.int32(step), student, optax.adamw(1e-3).init(student))
+
+
+def abstract(state: State) -> State:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_same_bits(got, want) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert ours.tobytes() == theirs.tobytes()
+
+
+def opened(directory: Path, **changes) -> Checkpoints:
+    return Checkpoints(directory, **({"keep": 3, "config": CONFIG, "fingerprint": "abc"} | changes))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    """A directory with the steps 1 and 2, to be copied before it is damaged."""
+    directory = tmp_path_factory.mktemp("two_steps")
+    with opened(directory) as checkpoints:
+        checkpoints.save(1, state_at(1), {"position": 64})
+        checkpoints.save(2, state_at(2), {"position": 128})
+    return directory
+
+
+@pytest.fixture
+def stored(two_steps, tmp_path):
+    yield Path(shutil.copytree(two_steps, tmp_path / "checkpoints"))
+    gc.collect()  # so that what Orbax left behind is reported, and ignored, here
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """The warnings that were logged."""
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda message, *values: lines.append(message % values))
+    return lines
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in files_of(directory) if path.name != ".lock"}
+
+
+def start(script: str, *arguments, devices: int = 1) -> subprocess.Popen:
+    """Starts a Python process that sees this module as `t`."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]),
+    }
+    command = [sys.executable, "-c", "import test_checkpoint as t\n" + script, *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+# --- what a healthy directory does
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_roundtrip_is_bit_identical_though_the_state_is_donated_at_once(tmp_path, asynchronous):
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 3 + 1, state), donate_argnums=0)
+    want = jax.tree.map(np.array, state_at(5))
+    with opened(tmp_path, asynchronous=asynchronous) as checkpoints:
+        state = state_at(5)
+        checkpoints.save(5, state, {"position": 320})
+        for _ in range(3):
+            state = step(state)
+        found, got, extra = checkpoints.restore(abstract(state))
+    assert (found, extra) == (5, {"position": 320})
+    assert isinstance(got, State)
+    assert_same_bits(got, want)
+
+
+def test_an_empty_directory_restores_nothing(tmp_path):
+    with opened(tmp_path / "new") as checkpoints:
+        assert checkpoints.restore(abstract(state_at(0))) is None
+
+
+def test_the_newest_steps_are_kept_and_foreign_directories_left_alone(tmp_path):
+    (tmp_path / "notes").mkdir()
+    with opened(tmp_path, keep=2) as checkpoints:
+        for step in (10, 20, 30, 40):
+            checkpoints.save(step, state_at(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".partial", "30", "40", "notes"]
+    assert not any((tmp_path / ".partial").iterdir())
+
+
+def test_an_explicit_step_and_load_of_a_part(stored):
+    with opened(stored) as checkpoints:
+        found, got, extra = checkpoints.restore(abstract(state_at(1)), step=1)
+        assert (found, extra) == (1, {"position": 64})
+        assert_same_bits(got, state_at(1))
+        # load takes no lock: it reads a run that is training.
+        found, leaves, manifest = load(stored, prefix="student.")
+    assert found == 2 and manifest.config["student"]["lr"] == 1e-6
+    assert_same_bits(leaves, {name: np.asarray(leaf) for name, leaf in state_at(2).student.items()})
+    with pytest.raises(InputError, match="holds no leaf ema.*student, student_opt"):
+        load(stored, prefix="ema.")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7 .*stored: 1, 2"):
+        load(stored, step=7)
+
+
+def test_plain_orbax_reads_what_we_write(stored):
+    with ocp.CheckpointManager(stored) as manager:
+        assert manager.all_steps() == [1, 2]
+        state = manager.restore(2, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+    np.testing.assert_array_equal(
+        state["student.conv_in.kernel"], state_at(2).student["conv_in.kernel"], strict=True
+    )
+
+
+def test_a_stored_step_is_never_saved_again(stored):
+    before = contents(stored)
+    with opened(stored) as checkpoints:
+        for step in (1, 2):
+            with pytest.raises(CheckpointError, match=f"step {step} is not saved: .* already has step 2"):
+                checkpoints.save(step, state_at(3))
+    assert contents(stored) == before
+
+
+# --- damage
+
+
+def test_a_flipped_bit_in_any_file_never_gives_wrong_values(stored, two_steps):
+    refused = 0
+    for path in files_of(stored / "2"):
+        size = path.stat().st_size
+        for position in sorted({0, size // 3, size // 2, size - 1}):
+            data = bytearray(path.read_bytes())
+            data[position] ^= 1 << (position % 8)
+            path.write_bytes(data)
+            with opened(stored) as checkpoints:
+                found, got, _ = checkpoints.restore(abstract(state_at(0)))
+                # Orbax leaves bytes in its files that nothing refers to; a flip there is no damage.
+                assert_same_bits(got, state_at(found))
+                if found == 1:
+                    # Which of the checks sees it first, Orbax's, the size's or the digest's, is the file's matter.
+                    with pytest.raises(CheckpointError, match=re.escape(str(stored / "2"))):
+                        checkpoints.restore(abstract(state_at(0)), step=2)
+                    refused += 1
+            shutil.copy(two_steps / path.relative_to(stored), path)
+    assert refused >= 4, "hardly a flip reached anything that matters"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "zero", "delete"])
+def test_a_damaged_file_falls_back_or_changes_nothing(stored, two_steps, damage):
+    for path in files_of(stored / "2"):
+        size = path.stat().st_size
+        if damage == "delete":
+            path.unlink()
+        else:
+            path.write_bytes(
+                {"truncate": path.read_bytes()[: size // 2], "empty": b"", "zero": bytes(size)}[damage]
+            )
+        with opened(stored) as checkpoints:
+            found, got, _ = checkpoints.restore(abstract(state_at(0)))
+        assert_same_bits(got, state_at(found))
+        if damage != "zero":
+            assert found == 1, path
+        shutil.copy(two_steps / path.relative_to(stored), path)
+
+
+def test_no_process_waits_for_another_before_all_know_what_was_read(stored, monkeypatch):
+    """One that cannot read its shards comes to no barrier within the reading."""
+    waited = []
+    with opened(stored) as checkpoints:
+        monkeypatch.setattr(multihost, "sync_global_processes", lambda name, **_: waited.append(name))
+        checkpoints.restore(abstract(state_at(0)))
+        assert waited == []
+        monkeypatch.undo()
+
+
+def test_a_leaf_that_orbax_lost_is_damage(stored):
+    """One bit in the metadata renames a leaf, and Orbax gives back no array for the old name, and no error."""
+    path = stored / "2" / "state" / "_METADATA"
+    path.write_bytes(path.read_bytes().replace(b"student.conv_in.kernel", b"student.conv_in.kernem"))
+    with pytest.raises(CheckpointError, match="2 cannot be used: .*student.conv_in.kernel"):
+        load(stored, 2, "student.")
+    step, leaves, _ = load(stored, None, "student.")
+    assert step == 1 and leaves["conv_in.kernel"].shape == (3, 3, 4, 64)
+    with opened(stored) as checkpoints:
+        found, got, _ = checkpoints.restore(abstract(state_at(0)))
+    assert found == 1
+    assert_same_bits(got, state_at(1))
+
+
+def test_higher_steps_that_are_no_checkpoints_are_skipped_with_a_warning(stored, warnings):
+    (stored / "9").mkdir()
+    (stored / "8").mkdir()
+    shutil.copy(stored / "2" / "_CHECKPOINT_METADATA", stored / "8")
+    shutil.copytree(stored / "2", stored / "7")
+    (stored / "6.orbax-checkpoint-tmp").mkdir()
+    with opened(stored) as checkpoints:
+        found, got, _ = checkpoints.restore(abstract(state_at(0)))
+        assert found == 2
+        assert_same_bits(got, state_at(2))
+        assert len(warnings) == 3
+        assert all(
+            re.search(f"skipped checkpoint .*/{step}: ", line)
+            for step, line in zip("987", warnings, strict=True)
+        )
+        assert "no manifest.json" in warnings[0] and "is of step 2" in warnings[2]
+        # The run goes on from 2 and takes the place of what was damaged.
+        checkpoints.save(9, state_at(9))
+        found, got, _ = checkpoints.restore(abstract(state_at(0)))
+    assert found == 9
+    assert_same_bits(got, state_at(9))
+
+
+def test_a_damaged_step_is_replaced_and_never_counted_by_retention(stored):
+    target = max(files_of(stored / "2" / "state"), key=lambda path: path.stat().st_size)
+    data = bytearray(target.read_bytes())
+    data[len(data) // 2] ^= 1
+    target.write_bytes(data)
+    with opened(stored, keep=1) as checkpoints:
+        assert checkpoints.restore(abstract(state_at(0)))[0] == 1
+        checkpoints.save(2, state_at(2))
+        found, got, _ = checkpoints.restore(abstract(state_at(0)))
+    assert found == 2 and not (stored / "1").exists()
+    assert_same_bits(got, state_at(2))
+
+
+def test_all_steps_damaged_is_an_error_and_nothing_is_overwritten(stored):
+    (stored / "1" / "manifest.json").unlink()
+    (stored / "2" / "manifest.json").write_text("{")
+    before = contents(stored)
+    with opened(stored) as checkpoints, pytest.raises(CheckpointError) as error:
+        checkpoints.restore(abstract(state_at(0)))
+    assert "step 2: manifest.json is unreadable" in str(error.value)
+    assert "step 1: no manifest.json" in str(error.value)
+    assert contents(stored) == before
+
+
+def test_another_format_is_an_error_not_damage(stored):
+    path = stored / "2" / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with opened(stored) as checkpoints, pytest.raises(InputError, match="has format 2; this version reads"):
+        checkpoints.restore(abstract(state_at(0)))
+
+
+# --- what does not fit
+
+
+def test_every_unlike_leaf_is_listed_in_one_error(stored):
+    state = state_at(0)
+    student = dict(state.student)
+    del student["conv_in.kernel"]
+    student["extra.bias"] = jnp.zeros(3)
+    student["down_blocks.0.attn1.to_q.kernel"] = jnp.zeros((64, 32))
+    student["down_blocks.0.attn1.to_q.bias"] = jnp.zeros(64)
+    with opened(stored) as checkpoints, pytest.raises(InputError) as error:
+        checkpoints.restore(abstract(state._replace(student=student)))
+    for line in (
+        "in 4 leaves",
+        "student.extra.bias is not in the checkpoint",
+        "student.conv_in.kernel is in the checkpoint only",
+        "to_q.kernel is float32[64, 64] in the checkpoint, float32[64, 32] expected",
+        "to_q.bias is bfloat16[64] in the checkpoint, float32[64] expected",
+    ):
+        assert line in str(error.value)
+
+
+def test_another_configuration_is_refused_field_by_field_unless_forced(stored):
+    other = {"steps": 99, "student": {"lr": 2e-6, "targets": ["q", "v"], "mode": "full"}, "prompts": "p.txt"}
+    checkpoints = opened(stored, config=other, may_change=("steps",), fingerprint="xyz")
+    with checkpoints, pytest.raises(InputError) as error:
+        checkpoints.restore(abstract(state_at(0)))
+    assert "student.lr was 1e-06, is 2e-06; student.mode was absent, is 'full'" in str(error.value)
+    assert "the prompt data was 'abc', is 'xyz'" in str(error.value)
+    assert "steps" not in str(error.value) and "targets" not in str(error.value)
+    with opened(stored, config=other, fingerprint="xyz", force=True) as checkpoints:
+        assert checkpoints.restore(abstract(state_at(0)))[0] == 2
+    with opened(stored, config=other, may_change=("steps", "student"), fingerprint="abc") as checkpoints:
+        assert checkpoints.restore(abstract(state_at(0)))[0] == 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_refused_and_leave_the_directory_as_it_was(stored, value):
+    state = state_at(3)
+    state.student["down_blocks.0.attn1.to_q.bias"] = (
+        state.student["down_blocks.0.attn1.to_q.bias"].at[7].set(value)
+    )
+    before = contents(stored)
+    with opened(stored) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"NaN or Inf in 1 leaves: student\..*to_q.bias"):
+            checkpoints.save(3, state)
+        checkpoints.save(4, state_at(4))
+    assert {name: data for name, data in contents(stored).items() if name in before} == before
+
+
+def test_extra_that_json_cannot_hold_fails_at_once(tmp_path):
+    with opened(tmp_path) as checkpoints, pytest.raises(TypeError):
+        checkpoints.save(1, state_at(1), {"key": object()})
+
+
+# --- owners, disks and kills
+
+
+def test_a_second_process_on_the_directory_is_refused(tmp_path):
+    script = """
+import pathlib, sys
+try:
+    t.opened(pathlib.Path(sys.argv[1]))
+except t.InputError as error:
+    print(error)
+"""
+    with opened(tmp_path):
+        assert f"is in use by process {os.getpid()} on" in finish(start(script, tmp_path))
+    with opened(tmp_path):
+        pass
+
+
+def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write checkpoints to"):
+        opened(tmp_path / "file")
+    with pytest.raises(InputError, match="mounted file system"):
+        opened("gs://bucket/run")
+    (tmp_path / "sealed").mkdir(mode=0o555)
+    script = """
+import os, pathlib, sys
+if os.getuid() == 0:
+    os.setuid(65534)  # the superuser may write anywhere
+try:
+    t.opened(pathlib.Path(sys.argv[1]))
+except t.InputError as error:
+    print(error)
+"""
+    assert "cannot write checkpoints" in finish(start(script, tmp_path / "sealed"))
+
+
+def test_an_error_of_the_writer_surfaces_at_the_next_save_and_at_close(tmp_path):
+    script = """
+import pathlib, resource, sys
+import numpy as np
+checkpoints = t.opened(pathlib.Path(sys.argv[1]))
+checkpoints.save(1, t.state_at(1))
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))  # every write beyond this fails, as on a full disk
+checkpoints.save(2, t.state_at(2))
+for call in (lambda: checkpoints.save(3, t.state_at(3)), checkpoints.close):
+    try:
+        call()
+    except t.CheckpointError as error:
+        print("raised:", error)
+"""
+    out = finish(start(script, tmp_path))
+    assert out.count("raised: a checkpoint could not be written") == 2
+    with opened(tmp_path) as checkpoints:
+        found, got, _ = checkpoints.restore(abstract(state_at(0)))
+    assert found == 1
+    assert_same_bits(got, state_at(1))
+
+
+def test_a_save_that_fails_at_once_is_one_line(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        with pytest.raises(CheckpointError, match="step 1 is not saved: .*zero size"):
+            checkpoints.save(1, {"empty": jnp.zeros((0, 3))})
+        checkpoints.save(2, state_at(2))
+        assert checkpoints.restore(abstract(state_at(0)))[0] == 2
+
+
+KILLED = """
+import pathlib, sys
+with t.opened(pathlib.Path(sys.argv[1]), keep=2) as checkpoints:
+    restored = checkpoints.restore(t.abstract(t.state_at(0)))
+    step = 0
+    if restored:
+        step, state, extra = restored
+        t.assert_same_bits(state, t.state_at(step))
+        assert extra == {"position": step * 64}
+    while True:
+        step += 1
+        checkpoints.save(step, t.state_at(step), {"position": step * 64})
+        if restored is not True:
+            checkpoints.wait()
+            print("at", step, flush=True)
+            restored = True
+"""
+
+
+def test_a_process_killed_while_it_saves_resumes_from_a_verified_step(tmp_path):
+    generator = random.Random(0)
+    reached = []
+    for _ in range(4):
+        process = start(KILLED, tmp_path)
+        line = process.stdout.readline()
+        if not line.startswith("at "):
+            pytest.fail(process.communicate()[1][-3000:])
+        reached.append(int(line.split()[1]))
+        time.sleep(generator.uniform(0.0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    with opened(tmp_path) as checkpoints:
+        found, got, _ = checkpoints.restore(abstract(state_at(0)))
+        assert not any((tmp_path / ".partial").iterdir())
+    assert_same_bits(got, state_at(found))
+    assert reached == sorted(set(reached)) and found >= reached[-1]
+
+
+# --- other meshes and several processes
+
+MESHES = """
+import pathlib, sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+def spec(x):
+    shape = P(*[None] * (len(x.shape) - 1), "fsdp") if len(x.shape) > 1 else P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, shape))
+target = jax.tree.map(spec, t.state_at(0))
+with t.opened(pathlib.Path(sys.argv[1])) as checkpoints:
+    step, state, _ = checkpoints.restore(target)
+    jax.tree.map(lambda x, want: (np.testing.assert_equal(x.sharding, want.sharding)), state, target)
+    assert len(state.student["conv_in.kernel"].sharding.device_set) == 8
+    assert state.student["conv_in.kernel"].addressable_shards[0].data.shape == (3, 3, 4, 32)
+    t.assert_same_bits(state, t.state_at(step))
+    placed = jax.tree.map(lambda x, want: jax.device_put(x, want.sharding), t.state_at(3), target)
+    checkpoints.save(3, placed)
+"""
+
+
+def test_restores_onto_eight_devices_and_back_onto_one(stored):
+    finish(start(MESHES, stored, devices=8))
+    with opened(stored) as checkpoints:
+        found, got, _ = checkpoints.restore(abstract(state_at(0)))
+    assert found == 3
+    assert_same_bits(got, state_at(3))
+    # The digest is of the whole array, whatever its sharding.
+    assert jax.tree.leaves(got)[0].sharding.num_devices == 1
+
+
+PROCESSES = """
+import pathlib, sys
+import jax, numpy as np
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[3]))
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+def place(x):
+    x = np.asarray(x)
+    sharding = NamedSharding(mesh, P(*[None] * (x.ndim - 1), "fsdp") if x.ndim > 1 else P())
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+with t.opened(pathlib.Path(sys.argv[1])) as checkpoints:
+    checkpoints.save(1, jax.tree.map(place, t.state_at(1)))
+    checkpoints.save(2, jax.tree.map(place, t.state_at(2)))
+    checkpoints.wait()
+    victim = pathlib.Path(sys.argv[1]) / "2" / "manifest.json"
+    if sys.argv[3] == "0":
+        victim.write_text("{")
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices("damaged")
+    step, state, _ = checkpoints.restore(t.abstract(jax.tree.map(place, t.state_at(0))))
+    assert step == 1, step
+    whole = jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), state)
+    t.assert_same_bits(whole, t.state_at(1))
+"""
+
+
+def test_two_processes_save_and_restore_one_state(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [start(PROCESSES, tmp_path, port, number, devices=2) for number in range(2)]
+    for process in processes:
+        finish(process)
+    with opened(tmp_path) as checkpoints:
+        found, got, _ = checkpoints.restore(abstract(state_at(0)))
+    assert found == 1
+    assert_same_bits(got, state_at(1))
+    assert json.loads((tmp_path / "1" / "manifest.json").read_text())["body"]["step"] == 1
+
+
+def test_the_digest_names_the_leaf_in_which_one_bit_differs():
+    array = np.random.default_rng(0).standard_normal((3, 5), np.float32)
+    flipped = array.copy()
+    flipped.view(np.uint32)[2, 1] ^= 1
+    changed = changed_leaves(describe({"a": array, "b": array}), describe({"a": array, "b": flipped}))
+    assert changed == ["b does not match its SHA-256"]

@@ -1,0 +1,157 @@
+"""The losses against NumPy and PyTorch, their gradients, and what must carry none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+
+from sbv2_jax.diffusion.schedule import ScheduleConfig, add_noise, make_schedule
+from sbv2_jax.distill import losses
+
+SCHEDULE = make_schedule(ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+T = np.array([20, 333, 700, 980], np.int32)
+SHAPE = (4, 3, 5, 2)
+BOUND = 1e-5
+
+
+@pytest.fixture
+def arrays(rng):
+    """Samples, their noised versions, and the predictions of teacher and score model."""
+    x, noise, teacher, score = (jnp.asarray(rng.standard_normal(SHAPE), jnp.float32) for _ in range(4))
+    return x, add_noise(SCHEDULE, x, noise, T), teacher, score
+
+
+def alpha_sigma() -> tuple[np.ndarray, np.ndarray]:
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    abar = np.cumprod(1 - betas)[T].reshape(-1, 1, 1, 1)
+    return np.sqrt(abar), np.sqrt(1 - abar)
+
+
+def float64(*values) -> list[np.ndarray]:
+    return [np.asarray(value, np.float64) for value in values]
+
+
+def test_sbv2_weighting_is_sigma_squared_times_the_difference(arrays):
+    x, x_t, teacher, score = arrays
+    got = losses.vsd_gradient(SCHEDULE, "sbv2", x, x_t, T, teacher, score)
+    _, sigma = alpha_sigma()
+    teacher, score = float64(teacher, score)
+    assert got.dtype == jnp.float32
+    assert relative_error(got, sigma**2 * (teacher - score)) < BOUND
+
+
+def test_dmd_weighting_is_the_x0_difference_over_each_samples_own_error(arrays):
+    x, x_t, teacher, score = arrays
+    got = losses.vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score)
+    alpha, sigma = alpha_sigma()
+    x, x_t, teacher, score = float64(x, x_t, teacher, score)
+    teacher_x0, score_x0 = (x_t - sigma * teacher) / alpha, (x_t - sigma * score) / alpha
+    error = np.abs(x - teacher_x0).mean((1, 2, 3))
+    assert error.max() > 2 * error.min(), "a mean over the batch would differ"
+    assert got.dtype == jnp.float32
+    for row in range(len(T)):  # each sample's rounding against its own size
+        want = (score_x0[row] - teacher_x0[row]) / error[row]
+        assert relative_error(got[row], want) < BOUND
+
+
+def test_the_weightings_differ_by_one_factor_for_each_sample(arrays):
+    x, x_t, teacher, score = arrays
+    sbv2 = losses.vsd_gradient(SCHEDULE, "sbv2", x, x_t, T, teacher, score)
+    dmd = losses.vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score)
+    alpha, sigma = alpha_sigma()
+    x, x_t, teacher = float64(x, x_t, teacher)
+    error = np.abs(x - (x_t - sigma * teacher) / alpha).mean((1, 2, 3), keepdims=True)
+    ratio = np.asarray(sbv2, np.float64) / np.asarray(dmd, np.float64)
+    # Where the two predictions nearly agree, the x0s cancel: the median of a sample's ratios is meant.
+    np.testing.assert_allclose(
+        np.median(ratio, axis=(1, 2, 3)), (sigma * alpha * error)[:, 0, 0, 0], rtol=BOUND
+    )
+
+
+def test_an_unknown_weighting_is_an_error(arrays):
+    x, x_t, teacher, score = arrays
+    with pytest.raises(ValueError, match="weighting='sds'"):
+        losses.vsd_gradient(SCHEDULE, "sds", x, x_t, T, teacher, score)
+
+
+def test_gradient_of_the_vsd_loss_is_the_direction_over_a_samples_size(arrays, rng):
+    x = arrays[0]
+    direction = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
+    value = losses.vsd_loss(x, direction)
+    assert value.shape == (4,) and value.dtype == jnp.float32
+    assert relative_error(value, 0.5 * np.mean(float64(direction)[0] ** 2, (1, 2, 3))) < BOUND
+    to_x, to_direction = jax.grad(lambda *a: losses.vsd_loss(*a).sum(), argnums=(0, 1))(x, direction)
+    assert relative_error(to_x, float64(direction)[0] / direction[0].size) < BOUND
+    np.testing.assert_array_equal(to_direction, 0.0)
+
+
+def test_nothing_reaches_teacher_and_score_through_the_loss(arrays):
+    x, x_t, teacher, score = arrays
+
+    def loss(x, x_t, teacher, score):
+        direction = losses.vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score)
+        return losses.vsd_loss(x, direction).sum()
+
+    to_x, *others = jax.grad(loss, argnums=(0, 1, 2, 3))(x, x_t, teacher, score)
+    want = losses.vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score) / x[0].size
+    assert relative_error(to_x, want) < BOUND, "the normaliser depends on x, but is a constant to the loss"
+    for other in others:
+        np.testing.assert_array_equal(other, 0.0)
+
+
+def test_score_loss_and_its_gradient_equal_pytorch(arrays):
+    _, _, epsilon, noise = arrays
+    value = losses.score_loss(SCHEDULE, epsilon, noise, T)
+    assert value.shape == (4,) and value.dtype == jnp.float32
+    gradient = jax.grad(lambda e: losses.score_loss(SCHEDULE, e, noise, T).mean())(epsilon)
+    theirs = torch.tensor(np.asarray(epsilon), dtype=torch.float64, requires_grad=True)
+    target = torch.tensor(np.asarray(noise), dtype=torch.float64)
+    weight = torch.tensor(alpha_sigma()[0]).flatten() ** 2
+    want = weight * F.mse_loss(theirs, target, reduction="none").mean((1, 2, 3))
+    want.mean().backward()
+    assert relative_error(value, want.detach()) < BOUND
+    assert relative_error(gradient, theirs.grad) < BOUND
+
+
+def test_clip_loss_is_clamped_for_each_sample_not_for_the_batch(rng):
+    image, text = (rng.standard_normal((6, 5)).astype(np.float32) for _ in range(2))
+    image[:2] = 3 * text[:2] + 0.1 * image[:2]  # far above tau
+    theirs = torch.tensor(image, dtype=torch.float64, requires_grad=True)
+    cosines = F.cosine_similarity(theirs, torch.tensor(text, dtype=torch.float64))
+    tau = 0.35
+    assert (cosines > tau).sum() >= 2 and (cosines < tau).sum() >= 2
+    want = torch.relu(tau - cosines)
+    want.mean().backward()
+
+    value = losses.clamped_clip_loss(jnp.asarray(image), jnp.asarray(text), tau)
+    gradient = jax.grad(lambda a: losses.clamped_clip_loss(a, jnp.asarray(text), tau).mean())(
+        jnp.asarray(image)
+    )
+    assert value.shape == (6,) and value.dtype == jnp.float32
+    np.testing.assert_array_equal(value[:2], 0.0)
+    np.testing.assert_array_equal(gradient[:2], 0.0)
+    assert relative_error(value, want.detach()) < BOUND
+    assert relative_error(gradient, theirs.grad) < BOUND
+    of_the_mean = max(0.0, tau - cosines.mean().item())
+    assert abs(value.mean() - of_the_mean) > 0.05
+
+
+def test_cosine_does_not_depend_on_length(rng):
+    a, b = (jnp.asarray(rng.standard_normal((3, 7)), jnp.float32) for _ in range(2))
+    np.testing.assert_allclose(losses.cosine(5 * a, b / 9), losses.cosine(a, b), rtol=1e-5)
+    np.testing.assert_allclose(losses.cosine(a, -2 * a), -1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+@pytest.mark.parametrize("which", range(4))
+def test_bfloat16_is_refused_wherever_it_comes_from(arrays, weighting, which):
+    mixed = [a.astype(jnp.bfloat16) if i == which else a for i, a in enumerate(arrays)]
+    x, x_t, teacher, score = mixed
+    with pytest.raises(TypeError, match="float32"):
+        losses.vsd_gradient(SCHEDULE, weighting, x, x_t, T, teacher, score)
+    if which < 2:
+        with pytest.raises(TypeError, match="float32"):
+            losses.score_loss(SCHEDULE, x, x_t, T)

@@ -1,0 +1,305 @@
+"""The rules of a training step: what is drawn, averaged, skipped, repeated exactly; and that it learns at all."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_world
+from conftest import relative_error
+from tiny_world import fast_jit
+from toy_world import BATCH, Toy
+
+from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
+from sbv2_jax.distill import steps
+from sbv2_jax.distill.state import Frozen, init_state
+from sbv2_jax.distill.train_step import make_train_step
+from sbv2_jax.models.clip import TextOutput
+from sbv2_jax.models.conditions import Text, TextEncoder
+from sbv2_jax.tree import leaf_names
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return Toy()
+
+
+@pytest.fixture(scope="module")
+def plain_step(toy):
+    return toy.train_step(ema=0.9)
+
+
+def assert_same(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def run(step, toy, state, count=3):
+    for _ in range(count):
+        state, metrics = step(state, toy.frozen, toy.batch)
+    return state, metrics
+
+
+def draw(batch_size=BATCH, step=0, seed=0, **changes):
+    objective = steps.Objective(steps=10, latent_shape=(2, 2, 1), **changes)
+    key = jax.random.key_data(jax.random.key(seed))
+    return fast_jit(lambda key, step: steps.draw(objective, key, step, batch_size, 1000))(key, step)
+
+
+def test_times_and_null_prompts_have_the_right_distributions():
+    student, score = draw(100_000)
+    assert (student.t.min(), student.t.max()) == (20, 980), "both ends are included"
+    assert (score.t.min(), score.t.max()) == (0, 999)
+    assert abs(student.t.mean() - 500) < 4 and abs(score.t.mean() - 499.5) < 4
+    assert abs(score.null.mean() - 0.1) < 0.005
+    for noise in (student.z, student.noise, score.noise):
+        assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert not np.any(draw(100, null_prompt_probability=0.0)[1].null)
+
+
+def test_every_random_number_has_a_key_of_its_own():
+    student, score = draw(1000, t_min=0, t_max=999, score_updates=2)
+    noises = [student.z, student.noise, *score.noise]
+    correlations = np.corrcoef([noise.ravel() for noise in noises])
+    assert np.abs(correlations - np.eye(4)).max() < 0.08
+    assert np.abs(np.corrcoef([student.t, *score.t]) - np.eye(3)).max() < 0.15
+    assert np.mean(score.null[0] != score.null[1]) > 0.1
+    for other in (draw(1000, step=1), draw(1000, seed=1)):
+        assert np.mean(other[0].t == student.t) < 0.01
+        assert np.abs(np.corrcoef(other[0].z.ravel(), student.z.ravel())[0, 1]) < 0.08
+
+
+def test_null_prompts_differ_within_a_batch():
+    assert 0 < draw(null_prompt_probability=0.5)[1].null.sum() < BATCH
+
+
+@pytest.mark.parametrize(
+    "passes", [{"accumulate": 2}, {"accumulate": 4}, {"clip_passes": 2}, {"clip_passes": 4}], ids=str
+)
+def test_passes_change_nothing_but_rounding(toy, plain_step, passes):
+    state, metrics = run(plain_step, toy, toy.init(), 1)
+    accumulated, accumulated_metrics = run(toy.train_step(ema=0.9, **passes), toy, toy.init(), 1)
+    for name in ("student", "ema", "score"):
+        for leaf, want in getattr(state, name).items():
+            assert relative_error(getattr(accumulated, name)[leaf], want) < 1e-5, (name, leaf)
+    assert metrics.keys() == accumulated_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(accumulated_metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_several_score_updates_are_taken_one_after_the_other(toy, plain_step):
+    """The student is updated once; the score model moves on by each update, with new noise."""
+    one, _ = run(plain_step, toy, toy.init(), 1)
+    three, metrics = run(toy.train_step(score_updates=3), toy, toy.init(), 1)
+    for name, leaf in one.student.items():
+        assert relative_error(three.student[name], leaf) < 1e-5
+    assert optax.tree.get(three.score_opt, "count") == 3
+    assert optax.tree.get(three.student_opt, "count") == 1
+    objective = dataclasses.replace(toy.objective, score_updates=3)
+
+    @fast_jit
+    def one_after_the_other(state):
+        noise, draws = steps.draw(objective, state.key, 0, BATCH, 1000)
+        text = steps.encode(toy.models, objective, toy.frozen, toy.batch).text
+        x = steps.generate(toy.models, objective, state.student, toy.frozen, noise.z, text)
+        score, opt, values = state.score, state.score_opt, []
+        for i in range(3):
+            noise = jax.tree.map(lambda a, i=i: a[i], draws)
+            grads, found = steps.score_gradient(toy.models, objective, score, toy.frozen, x, text, noise)
+            updates, opt = toy.optimizer.update(grads, opt, score)
+            score = optax.apply_updates(score, updates)
+            values.append(found["loss/score"])
+        return score, sum(values) / 3
+
+    score, loss = one_after_the_other(toy.init())
+    for name, leaf in score.items():
+        assert relative_error(three.score[name], leaf) < 1e-5
+    np.testing.assert_allclose(metrics["loss/score"], loss, rtol=1e-5)
+
+
+def test_metrics_are_float32_scalars(toy, plain_step):
+    _, metrics = run(plain_step, toy, toy.init(), 1)
+    assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
+    assert {value.shape for value in metrics.values()} == {()}
+    assert metrics.keys() == {
+        "loss/vsd", "loss/clip", "loss/score", "clip/cosine", "latents/std",
+        "grad_norm/student", "grad_norm/score", "skipped",
+    }  # fmt: skip
+
+
+def test_two_runs_are_bit_identical_and_two_seeds_are_not(toy, plain_step):
+    first, _ = run(plain_step, toy, toy.init())
+    second, _ = run(plain_step, toy, toy.init())
+    other, _ = run(plain_step, toy, toy.init(seed=1))
+    assert_same(first, second)
+    assert first.step == 3 and np.any(first.student["out.kernel"] != other.student["out.kernel"])
+
+
+def test_a_resumed_run_draws_what_it_would_have_drawn(toy, plain_step):
+    """All randomness is a function of the root key and the step, both in the state."""
+    state, _ = run(plain_step, toy, toy.init(), 2)
+    restored = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), state)
+    assert_same(run(plain_step, toy, restored)[0], run(plain_step, toy, toy.init(), 5)[0])
+
+
+def test_the_average_follows_the_student_at_its_rate(toy, plain_step):
+    start = toy.init()
+    end, _ = run(plain_step, toy, start, 1)
+    for name, mean in end.ema.items():
+        want = 0.9 * np.float64(start.ema[name]) + 0.1 * np.float64(end.student[name])
+        np.testing.assert_allclose(mean, want, rtol=1e-5, atol=1e-7)
+        assert np.any(mean != start.ema[name])
+
+
+def test_no_average_is_kept_without_one_and_a_rate_of_zero_copies(toy):
+    step = toy.train_step(ema=0.0)
+    none, _ = run(step, toy, toy.init(ema=False))
+    assert none.ema == {}
+    copied, _ = run(step, toy, toy.init())
+    assert_same(copied.ema, copied.student)
+    for name, leaf in none.student.items():  # another program, so not to the bit
+        np.testing.assert_allclose(leaf, copied.student[name], rtol=1e-5, atol=1e-7)
+
+
+def test_clip_weight_falls_linearly_to_nothing(toy):
+    """With the CLIP loss alone, the student's gradient is proportional to its weight at each step."""
+    objective = dataclasses.replace(toy.objective, vsd_weight=0.0, clip_tau=0.9)
+    noise, _ = steps.draw(objective, toy.init().key, 0, BATCH, 1000)
+    conditions = steps.encode(toy.models, objective, toy.frozen, toy.batch)
+
+    @fast_jit
+    def gradient(step):
+        state = dataclasses.replace(toy.init(), step=step)
+        return steps.student_gradient(toy.models, objective, state, toy.frozen, conditions, noise)[0]
+
+    first = gradient(jnp.int32(0))
+    for step in (1, 7, 19, 20):
+        for name, leaf in gradient(jnp.int32(step)).items():
+            np.testing.assert_allclose(leaf, (1 - step / 20) * first[name], rtol=1e-4, atol=1e-7)
+    assert max(np.abs(leaf).max() for leaf in first.values()) > 1e-3
+
+
+def test_one_prompt_that_gives_nan_leaves_the_state_and_the_next_batch_goes_on(toy, plain_step):
+    text = toy.frozen.text_encoder
+    poisoned = {"table.embedding": text["table.embedding"].at[toy_world.VOCABULARY - 1].set(np.nan)}
+    frozen = dataclasses.replace(toy.frozen, text_encoder=poisoned)
+    ids = toy.batch.input_ids.copy()
+    ids[3, 1] = toy_world.VOCABULARY - 1
+    before, _ = run(plain_step, toy, toy.init(), 1)
+    after, metrics = plain_step(before, frozen, toy.batch._replace(input_ids=ids))
+    assert metrics["skipped"] == 1.0 and not np.isfinite(metrics["loss/vsd"])
+    assert after.step == 2
+    assert_same(dataclasses.replace(after, step=before.step), before)
+    going_on, metrics = plain_step(after, frozen, toy.batch)
+    assert metrics["skipped"] == 0.0
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(going_on))
+    assert np.any(going_on.student["out.kernel"] != after.student["out.kernel"])
+
+
+@pytest.mark.parametrize("where", ["loss/clip", "loss/score", "grad_norm/student"])
+def test_any_one_number_that_is_not_finite_skips_both_updates(toy, where):
+    frozen, changes = toy.frozen, {}
+    if where == "loss/clip":
+        frozen = dataclasses.replace(frozen, clip=frozen.clip | {"word": frozen.clip["word"] * np.nan})
+    elif where == "loss/score":  # without guidance, only score updates see the null prompt
+        frozen = dataclasses.replace(
+            frozen, null_text=jax.tree.map(lambda leaf: leaf * np.nan, frozen.null_text)
+        )
+        changes = {"guidance": 1.0, "score_guidance": 1.0, "null_prompt_probability": 0.5}
+    else:  # finite losses, but the gradient's square overflows
+        changes = {"vsd_weight": 1e30}
+    before = toy.init()
+    after, metrics = toy.train_step(**changes)(before, frozen, toy.batch)
+    others = metrics.keys() - {where, "skipped", "grad_norm/student", "grad_norm/score", "clip/cosine"}
+    assert not np.isfinite(metrics[where]) and all(np.isfinite(metrics[name]) for name in others)
+    assert metrics["skipped"] == 1.0
+    assert_same(dataclasses.replace(after, step=before.step), before)
+
+
+def test_bfloat16_networks_keep_float32_masters_and_losses(toy, plain_step):
+    half = Toy(jnp.bfloat16, ema=0.9)
+    state, metrics = run(half.train_step(), half, half.init(), 1)
+    want, metrics_of_full = run(plain_step, toy, toy.init(), 1)
+    for name, leaf, full in zip(leaf_names(state), *map(jax.tree.leaves, (state, want)), strict=True):
+        assert leaf.dtype == full.dtype, name
+    for name, value in metrics.items():
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, metrics_of_full[name], rtol=0.1, atol=0.02, err_msg=name)
+
+
+def test_a_donated_state_shares_no_buffer_with_itself(toy):
+    step = toy.train_step({"donate_argnums": 0})
+    state = toy.init()
+    for _ in range(2):
+        state, _ = step(state, toy.frozen, toy.batch)
+    assert state.step == 2
+
+
+class Gaussian:
+    """The exact denoiser of N(mean + d, exp(log_std + s)^2) for each prompt's mean; d and s are its "LoRA"."""
+
+    def __init__(self, schedule):
+        self.alpha, self.sigma = jnp.asarray(schedule.alpha), jnp.asarray(schedule.sigma)
+
+    def apply(self, params, latents, t, context, added, lora_scale):
+        mean = context[:, 0, 0] + lora_scale * (context[:, 0] @ params["lora.d"])
+        std = jnp.exp(-0.5 + lora_scale * params["lora.s"])
+        a, s, mean, std = (v.reshape(-1, 1, 1, 1) for v in (self.alpha[t], self.sigma[t], mean, std))
+        return s * (latents - a * mean) / ((a * std) ** 2 + s**2)
+
+
+class Shift:
+    """A student with x = shift of the prompt + exp(c) z, said as the v that means this x."""
+
+    def __init__(self, schedule):
+        self.alpha, self.sigma = schedule.alpha[-1], schedule.sigma[-1]
+
+    def apply(self, params, latents, t, context, added, lora_scale):
+        x = (context[:, 0] @ params["shift"]).reshape(-1, 1, 1, 1) + jnp.exp(params["c"]) * latents
+        return (self.alpha * latents - x) / self.sigma
+
+
+class Prompt:
+    """Two prompts: their first number is the mean of the teacher's pictures, and they are independent."""
+
+    def apply(self, params, input_ids):
+        return TextOutput(jnp.array([[-1.0, 1.0], [2.0, 1.0]])[input_ids], None)
+
+
+@pytest.mark.parametrize("weighting", ["sbv2", "dmd"])
+def test_a_student_of_gaussians_learns_the_teachers_means_and_deviation(weighting):
+    """The whole method on a problem with a known answer: pictures of N(-1, e^-1) and N(2, e^-1)."""
+    config = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    schedule = make_schedule(config)
+    models = steps.Models(
+        student=Shift(schedule),
+        student_schedule=dataclasses.replace(schedule, prediction_type="v_prediction"),
+        score=Gaussian(schedule),
+        score_schedule=schedule,
+        text_encoder=TextEncoder({"text_encoder": Prompt()}),
+    )
+    objective = steps.Objective(
+        steps=600,
+        latent_shape=(2, 2, 1),
+        guidance=1.0,
+        score_guidance=1.0,
+        weighting=weighting,
+        null_prompt_probability=0.0,
+        score_updates=2,
+    )
+    student_optimizer, score_optimizer = optax.adam(1e-2, b1=0.0), optax.adam(3e-2, b1=0.0)
+    student = {"shift": jnp.array([0.3, 0.0]), "c": jnp.float32(0.2)}
+    score = {"lora.d": jnp.zeros(2), "lora.s": jnp.zeros(1)}
+    state = init_state(0, student, score, student_optimizer, score_optimizer, ema=False)
+    frozen = Frozen(
+        teacher={}, student={}, text_encoder={}, null_text=Text(jnp.zeros((1, 2))), decoder={}, clip={}
+    )
+    batch = steps.Batch(jnp.arange(64).reshape(64, 1) % 2, None)
+    step = make_train_step(models, objective, student_optimizer, score_optimizer)
+    train = fast_jit(lambda state: jax.lax.scan(lambda s, _: step(s, frozen, batch), state, length=600))
+    state, metrics = train(state)
+    means = jnp.array([[-1.0, 1.0], [2.0, 1.0]]) @ state.student["shift"]
+    np.testing.assert_allclose(means, [-1.0, 2.0], atol=0.15)
+    np.testing.assert_allclose(jnp.exp(state.student["c"]), np.exp(-0.5), atol=0.1)
+    assert metrics["skipped"].sum() == 0

@@ -1,0 +1,146 @@
+"""The stages of a step on their own: the VSD direction in all its variants, and the pull of the CLIP loss."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_world
+import torch
+from conftest import relative_error
+from test_steps import make_reference, torch_ids
+from torch_reference import integers, nchw
+
+from sbv2_jax.distill import steps
+
+BOUND = 1e-4
+GUIDANCES = [(4.5, 4.5), (4.5, 1.0), (1.0, 1.0)]
+
+
+@dataclasses.dataclass
+class Compiled:
+    """Stands for a network of which only the forward pass is needed: it is compiled once for each batch size."""
+
+    apply: object
+
+
+@pytest.fixture(scope="module")
+def direction_inputs():
+    """The world of each prediction type with a compiled score network, the samples x, and the draws."""
+    worlds = {}
+    for prediction in ("epsilon", "v_prediction"):
+        world = tiny_world.make_world(teacher_prediction=prediction)
+        worlds[prediction] = world
+    score = Compiled(tiny_world.fast_jit(worlds["epsilon"].run.models.score.apply))
+    world = worlds["epsilon"]
+    key = world.init().key
+    student, _ = steps.draw(world.run.objective, key, 0, tiny_world.BATCH, 1000)
+    conditions = tiny_world.fast_jit(functools.partial(steps.encode, world.run.models, world.run.objective))(
+        world.frozen, world.batch
+    )
+    return worlds, score, student, conditions.text
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("weighting", ["sbv2", "dmd"])
+@pytest.mark.parametrize(("guidance", "score_guidance"), GUIDANCES)
+def test_vsd_direction_equals_pytorch(direction_inputs, rng, prediction, weighting, guidance, score_guidance):
+    worlds, score, noise, text = direction_inputs
+    world = worlds[prediction]
+    x = rng.standard_normal((tiny_world.BATCH, *tiny_world.LATENTS), np.float32)
+    objective = dataclasses.replace(
+        world.run.objective, weighting=weighting, guidance=guidance, score_guidance=score_guidance
+    )
+    models = dataclasses.replace(world.run.models, score=score)
+    ours = steps.difference(models, objective, world.score, world.frozen, x, noise, text)
+    assert ours.dtype == jnp.float32
+
+    reference = make_reference(world, {"teacher_prediction": prediction})
+    method = reference.method
+    method.weighting, method.guidance, method.score_guidance = weighting, guidance, score_guidance
+    ids = torch_ids(world)
+    with torch.no_grad():
+        rows, null = reference.encode(ids[0]), reference.encode_null(ids[-1])
+        theirs = reference.vsd_direction(nchw(x), nchw(noise.noise), integers(noise.t), rows, null)
+    for row, want in zip(ours, theirs.permute(0, 2, 3, 1), strict=True):  # each sample has its own weight
+        assert relative_error(row, want) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("guidance", "score_guidance", "passes"), [(4.5, 4.5, 4), (4.5, 1.0, 3), (1.0, 4.5, 3), (1.0, 1.0, 2)]
+)
+def test_a_guidance_of_one_costs_no_unconditional_forward(direction_inputs, guidance, score_guidance, passes):
+    """Counted where the UNet begins: the rows that its first convolution is given."""
+    worlds, _, noise, text = direction_inputs
+    world = worlds["epsilon"]
+    objective = dataclasses.replace(world.run.objective, guidance=guidance, score_guidance=score_guidance)
+    program = jax.make_jaxpr(
+        lambda x: steps.difference(world.run.models, objective, world.score, world.frozen, x, noise, text)
+    )(noise.z)
+    first = (3, 3, tiny_world.LATENTS[-1], tiny_world.UNET["block_out_channels"][0])
+    rows = [
+        eqn.invars[0].aval.shape[0]
+        for eqn in program.eqns
+        if eqn.primitive.name == "conv_general_dilated" and eqn.invars[1].aval.shape == first
+    ]
+    assert rows == [passes * tiny_world.BATCH], "one forward for teacher and score, conditional and not"
+
+
+@pytest.mark.parametrize(("decoder", "size"), [("vae_tiny", 1.0), ("vae", 0.3)])
+def test_clip_gradient_through_the_decoder_equals_autograd(decoder, size, rng):
+    """The CLIP loss alone: with a direction of zero the VSD loss pulls nowhere. `size` is that of the latents."""
+    world = tiny_world.make_world({"clip.weight": 0.2, "clip.decoder": decoder})
+    x = np.float32(size) * rng.standard_normal((tiny_world.BATCH, *tiny_world.LATENTS), np.float32)
+    reference = make_reference(world, {})
+    ids = torch_ids(world)
+    theirs = nchw(x).requires_grad_()
+    cosines = reference.cosines(theirs, ids[1])
+    tau = cosines.sort().values[1:3].mean().item()
+    torch.relu(tau - cosines).mean().mul(0.2).backward()
+
+    models, frozen = world.run.models, world.frozen
+    objective = dataclasses.replace(world.run.objective, clip_tau=tau)
+
+    def stage(frozen, ids, x):
+        text = models.clip_text(frozen.clip, ids)
+        return steps.pull(models, objective, frozen, x, jnp.zeros_like(x), text, jnp.float32(0.2))
+
+    gradient, metrics = tiny_world.fast_jit(stage)(frozen, world.batch.clip_input_ids, x)
+    assert relative_error(gradient, theirs.grad.permute(0, 2, 3, 1)) < BOUND
+    assert metrics["loss/clip"] == pytest.approx(torch.relu(tau - cosines).mean().item(), rel=1e-4)
+    assert metrics["clip/cosine"] == pytest.approx(cosines.mean().item(), rel=1e-4)
+    moved = np.any(np.asarray(gradient) != 0, axis=(1, 2, 3))
+    np.testing.assert_array_equal(moved, (cosines < tau).numpy(), "only samples below tau are pulled")
+    with torch.no_grad():
+        pictures = reference.vae.decode(nchw(x) / reference.vae.config.scaling_factor).sample
+    assert (pictures.abs() < 1).double().mean() > 0.3, "most pixels clipped: little gradient was compared"
+
+
+def test_null_prompts_are_those_of_their_own_samples():
+    """To drop the prompts of some samples is to give those samples, and no others, the empty prompt."""
+    world = tiny_world.make_world()
+    models, objective, frozen = world.run.models, world.run.objective, world.frozen
+    _, draws = steps.draw(objective, world.init().key, 0, tiny_world.BATCH, 1000)
+    x = jax.random.normal(jax.random.key(1), (tiny_world.BATCH, *tiny_world.LATENTS))
+
+    def stage(batch, noise):
+        text = steps.encode(models, objective, frozen, batch).text
+        return steps.score_gradient(models, objective, world.score, frozen, x, text, noise)
+
+    def gradient(batch, null):
+        noise = steps.ScoreNoise(draws.noise[0], draws.t[0], jnp.array(null))
+        grads, metrics = compiled(batch, noise)
+        return grads | {"loss": metrics["loss/score"]}
+
+    compiled = tiny_world.fast_jit(stage)
+    ids = world.batch.input_ids
+    dropped = [True, False, False, True]
+    got = gradient(world.batch, dropped)
+    empty = np.where(np.array(dropped)[:, None], tiny_world.EMPTY, ids)
+    same = gradient(steps.Batch(empty, None), [False] * 4)
+    for name, leaf in got.items():
+        assert relative_error(leaf, same[name]) < 1e-5, name
+    other = gradient(world.batch, [True] * 4)
+    assert abs(other["loss"] - got["loss"]) > 1e-3 * got["loss"]

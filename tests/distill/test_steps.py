@@ -1,0 +1,316 @@
+"""Whole training steps against PyTorch: gradients, losses, both AdamW updates, clip, EMA; one step and three.
+
+Each case is one run as `assemble` makes it, its `train_step` compiled once, and one `torch_reference.Reference`
+with the same weights and random numbers. Between them the cases have full and LoRA students, epsilon and v of
+student and of teacher, both weightings, all guidance scales, both decoders, several score updates, accumulation,
+and SDXL with both of its null conditions.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_world
+import torch
+import torch_reference
+from conftest import measured
+from tiny_world import World
+from torch_reference import integers, nchw
+
+from sbv2_jax.convert.formats.names import params_to_torch
+from sbv2_jax.distill import steps
+from sbv2_jax.distill.train_step import make_train_step
+from sbv2_jax.models.conditions import split
+
+GRADIENT_BOUND = 1e-4
+WEIGHT_BOUND = 1e-5
+UPDATE_BOUND = 1e-4
+STEPS = 3
+
+OPTIMIZER = {
+    "student.lr": 3e-3,
+    "score.lr": 1e-2,
+    # Adam's first step is g / (|g| + eps). With its usual eps that is the sign of g, and where g is near 0
+    # rounding decides it; with an eps of the size of the clipped gradients every weight can be compared.
+    "optimizer.eps": 1e-4,
+    "optimizer.weight_decay": 0.03,
+    "optimizer.clip_norm": 0.01,
+}
+# Changes of the configuration, what the networks predict, and what else the world is made of. The weight of the
+# CLIP loss makes its gradient about as large as the other's.
+CASES = {
+    "full, epsilon, sbv2, KL decoder": ({"clip.weight": 4.0, "clip.decoder": "vae"}, {}, {}),
+    "full, v, dmd, tiny decoder, two score updates": (
+        {
+            "vsd.weighting": "dmd",
+            "vsd.score_guidance": 1.0,
+            "clip.weight": 3.0,
+            "score.updates_per_step": 2,
+        },
+        {"student_prediction": "v_prediction", "teacher_prediction": "v_prediction"},
+        {},
+    ),
+    "LoRA, v from epsilon, dmd, no guidance, tiny decoder, two passes": (
+        {
+            "student.mode": "lora",
+            "vsd.weighting": "dmd",
+            "vsd.guidance": 1.0,
+            "vsd.score_guidance": 1.0,
+            "vsd.weight": 0.7,
+            "clip.weight": 3.0,
+            "accumulate": 2,
+        },
+        {"student_prediction": "v_prediction"},
+        {},
+    ),
+    "LoRA, epsilon from v, sbv2, KL decoder": (
+        {"student.mode": "lora", "clip.weight": 1.0, "clip.decoder": "vae"},
+        {"teacher_prediction": "v_prediction"},
+        {},
+    ),
+    "SDXL, full, v, zero null, two passes": (
+        {"clip.weight": 0.4, "clip.decoder": "vae", "accumulate": 2},
+        {"student_prediction": "v_prediction", "teacher_prediction": "v_prediction"},
+        {"xl": True, "zero_null": True},
+    ),
+    "SDXL, LoRA, epsilon, encoded null, two score updates": (
+        {"student.mode": "lora", "clip.weight": 2.0, "score.updates_per_step": 2},
+        {},
+        {"xl": True, "zero_null": False},
+    ),
+}
+
+
+@dataclasses.dataclass
+class Both:
+    """The results of each side after every step, under PyTorch's plain names and axes, and what made them."""
+
+    world: World
+    step: object
+    reference: torch_reference.Reference
+    states: list
+    ours: list[dict]
+    theirs: list[dict]
+    cosines: torch.Tensor
+    clip_over_vsd: float
+
+
+def make_reference(world: World, predictions: dict[str, str]) -> torch_reference.Reference:
+    """Returns the PyTorch version of a world, by its configuration and with its weights."""
+    config, frozen = world.config, world.frozen
+    method = torch_reference.Method(
+        **predictions,
+        total_steps=config.steps,
+        weighting=config.vsd.weighting,
+        guidance=config.vsd.guidance,
+        score_guidance=config.vsd.score_guidance,
+        vsd_weight=config.vsd.weight,
+        clip_weight=config.clip.weight,
+        tau=config.clip.tau,
+        ema=config.ema,
+        student_lr=config.student.lr,
+        score_lr=config.score.lr,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        clip_norm=config.optimizer.clip_norm,
+    )
+    xl = {}
+    if world.run.parts.text_encoder_2 is not None:
+        side = tiny_world.LATENTS[0] * world.run.parts.vae.config.downsampling
+        zero_null = world.run.parts.zero_null
+        xl = {"text_2": tiny_world.TEXT_2, "side": side, "zero_null": zero_null}
+    decoders = {"vae": ("kl", tiny_world.KL_VAE), "vae_tiny": ("tiny", tiny_world.TINY_VAE)}
+    reference = torch_reference.Reference(
+        method,
+        unet=tiny_world.UNET_XL if xl else tiny_world.UNET,
+        text=tiny_world.TEXT,
+        clip=tiny_world.CLIP,
+        vae=decoders[config.clip.decoder] if frozen.clip else None,
+        student_lora=config.student.lora.to_dict() if world.run.lora_student else None,
+        score_lora=config.score.to_dict(),
+        **xl,
+    )
+    towers = split(frozen.text_encoder, world.run.parts.text_encoders)
+    pairs = [
+        (reference.teacher, frozen.teacher),
+        (reference.score, frozen.teacher | world.score),
+        (reference.student, frozen.student | world.student),
+        (reference.text, towers["text_encoder"]),
+    ]
+    if xl:
+        pairs.append((reference.text_2, towers["text_encoder_2"]))
+    if frozen.clip:
+        pairs += [(reference.clip, frozen.clip), (reference.vae, frozen.decoder)]
+    for module, params in pairs:
+        torch_reference.load(module, params_to_torch(params))
+    reference.start()
+    return reference
+
+
+def torch_ids(world: World) -> tuple[torch.Tensor, ...]:
+    """Returns the ids of the prompts, of the CLIP loss's prompts and of the null prompt."""
+    return tuple(integers(a) for a in (*world.batch, world.empty) if a is not None)
+
+
+def drawer(world: World) -> Callable:
+    """Returns a function of key and step: our random numbers for PyTorch.
+
+    They are z, noise and t of the student, and noise, t and the mask of null prompts of each score update.
+    """
+    batch = world.config.batch_size
+    draw = tiny_world.fast_jit(lambda key, step: steps.draw(world.run.objective, key, step, batch, 1000))
+
+    def draws(key: jax.Array, step: int):
+        student, score = draw(key, step)
+        updates = [
+            (nchw(noise), integers(t), integers(null).bool())
+            for noise, t, null in zip(score.noise, score.t, score.null, strict=True)
+        ]
+        return (nchw(student.z), nchw(student.noise), integers(student.t)), updates
+
+    return draws
+
+
+def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns the optimizer with a first part whose state holds the last gradients as they came."""
+    return optax.chain(optax.trace(decay=0.0), optimizer)
+
+
+def as_torch(state) -> dict[str, dict[str, np.ndarray]]:
+    trees = {"student": state.student, "ema": state.ema, "score": state.score}
+    trees |= {"student gradient": state.student_opt[0].trace, "score gradient": state.score_opt[0].trace}
+    return {name: params_to_torch(tree) for name, tree in trees.items()}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def both(request) -> Both:
+    changes, predictions, kind = CASES[request.param]
+    world = tiny_world.make_world(OPTIMIZER | changes, **predictions, **kind)
+    reference = make_reference(world, predictions)
+    optimizers = {
+        name: recorded(getattr(world.run, name)) for name in ("student_optimizer", "score_optimizer")
+    }
+    state = world.init(**optimizers)
+    ids, draws = torch_ids(world), drawer(world)
+    tau, cosines, clip_over_vsd = balance(reference, ids, draws(state.key, 0)[0])
+    reference.method.tau = tau
+    objective = dataclasses.replace(world.run.objective, clip_tau=tau)
+    step = tiny_world.fast_jit(make_train_step(world.run.models, objective, *optimizers.values()))
+    states, ours, theirs = [state], [as_torch(state)], []
+    for index in range(STEPS):
+        state, metrics = step(state, world.frozen, world.batch)
+        states.append(state)
+        ours.append(as_torch(state) | {"metrics": jax.tree.map(float, metrics)})
+        metrics = reference.step(index, *ids, *draws(state.key, index))
+        theirs.append(
+            {
+                "student": torch_reference.weights(reference.student),
+                "ema": torch_reference.weights(reference.average),
+                "score": torch_reference.weights(reference.score),
+                "student gradient": reference.gradients[reference.student],
+                "score gradient": reference.gradients[reference.score],
+                "metrics": metrics,
+            }
+        )
+    return Both(
+        world=world,
+        step=step,
+        reference=reference,
+        states=states,
+        ours=ours,
+        theirs=theirs,
+        cosines=cosines,
+        clip_over_vsd=clip_over_vsd,
+    )
+
+
+def balance(reference, ids, draws) -> tuple[float, torch.Tensor, float]:
+    """Returns a tau between the first step's cosines, these, and the ratio of both losses' gradients then."""
+    z, noise, t = draws
+    with torch.no_grad():
+        text, null = reference.encode(ids[0]), reference.encode_null(ids[2])
+        x = reference.generate(z, text)
+    x.requires_grad_()
+    method, cosines = reference.method, reference.cosines(x, ids[1])
+    tau = cosines.sort().values[1:3].mean().item()
+    (clip,) = torch.autograd.grad(method.clip_weight * torch.clamp(tau - cosines, min=0).mean(), x)
+    vsd = method.vsd_weight * reference.vsd_direction(x.detach(), noise, t, text, null) / x.numel()
+    return tau, cosines.detach(), (clip.norm() / vsd.norm()).item()
+
+
+def norm(tree: dict[str, np.ndarray]) -> float:
+    return sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in tree.values()) ** 0.5
+
+
+def minus(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    assert a.keys() == b.keys()
+    return {name: np.float64(a[name]) - b[name] for name in b}
+
+
+@pytest.mark.parametrize("network", ["student", "score"])
+def test_gradients_of_every_leaf_equal_autograd(both, network):
+    """The L2 norm of the error over that of the gradient: for all leaves together, and for each of its own.
+
+    No leaf's gradient is so near zero that a floor would be needed.
+    """
+    ours, theirs = (side[f"{network} gradient"] for side in (both.ours[1], both.theirs[0]))
+    error = minus(ours, theirs)
+    worst = max(norm({n: error[n]}) / norm({n: theirs[n]}) for n in theirs)
+    assert norm(error) / norm(theirs) < GRADIENT_BOUND
+    assert measured(worst) < GRADIENT_BOUND
+
+
+@pytest.mark.parametrize("count", [1, STEPS])
+def test_weights_after_whole_steps_equal_pytorch(both, count):
+    """Every weight to 1e-5 of its tensor's largest; what the steps changed, to 1e-4 of that change."""
+    for name in ("student", "ema", "score"):
+        ours, theirs, start = both.ours[count][name], both.theirs[count - 1][name], both.ours[0][name]
+        error, change = minus(ours, theirs), minus(theirs, start)
+        worst = max(np.abs(error[n]).max() / np.abs(theirs[n]).max() for n in theirs)
+        assert measured(worst) < WEIGHT_BOUND
+        assert norm(error) / norm(change) < UPDATE_BOUND
+        assert min(norm({n: change[n]}) for n in change) > 0, "every tensor is trained"
+
+
+def test_losses_equal_pytorch(both):
+    for ours, theirs in zip(both.ours[1:], both.theirs, strict=True):
+        for name, value in theirs["metrics"].items():
+            assert ours["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        assert ours["metrics"]["skipped"] == 0.0
+    first = both.ours[1]
+    for name in ("student", "score"):
+        if name == "score" and both.world.run.objective.score_updates > 1:
+            continue  # the metric is the mean over the updates, the gradient that of the last
+        assert first["metrics"][f"grad_norm/{name}"] == pytest.approx(
+            norm(first[f"{name} gradient"]), rel=1e-5
+        )
+
+
+def test_of_the_case_itself_both_losses_pull_and_half_of_the_samples_are_clamped(both):
+    """Half above tau, half below: a clamp of the batch's mean would give another loss."""
+    assert (both.cosines > both.reference.method.tau).sum() == 2
+    assert 0.1 < both.clip_over_vsd < 10
+
+
+def test_a_second_run_is_bit_identical(both):
+    state = both.states[0]
+    for _ in range(STEPS):
+        state, _ = both.step(state, both.world.frozen, both.world.batch)
+    jax.tree.map(np.testing.assert_array_equal, state, both.states[-1])
+
+
+def test_what_is_not_finite_changes_nothing_but_the_step(both):
+    """A teacher that gives NaN on one of the prompts only, as an overflow would."""
+    frozen = both.world.frozen
+    suffix = "text_model.embeddings.token_embedding.embedding"
+    embedding = next(name for name in frozen.text_encoder if name.endswith(suffix))
+    token = both.world.batch.input_ids[1].flat[0]
+    poisoned = frozen.text_encoder | {embedding: frozen.text_encoder[embedding].at[token].set(np.nan)}
+    before = both.states[1]
+    after, metrics = both.step(before, dataclasses.replace(frozen, text_encoder=poisoned), both.world.batch)
+    assert metrics["skipped"] == 1.0
+    assert after.step == before.step + 1
+    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, step=before.step), before)

@@ -1,0 +1,192 @@
+"""What `launch/generate.py` refuses to draw, before the model is loaded and with nothing written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_pipeline import write_pipeline
+
+from sbv2_jax.errors import InputError
+from sbv2_jax.generate import draw as drawing
+from sbv2_jax.generate.draw import draw
+from sbv2_jax.generate.pictures import save_png
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {
+    "prompts": ["a dog", "dog"], "prompts_file": None, "num": 1, "seed": 0, "noise_file": None, "steps": 1,
+    "guidance": 1.0, "sampler": "dpm", "batch_size": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(write_pipeline(tmp_path_factory.mktemp("draw")))
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(drawing, "load", refuse)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_pictures_of_other_settings_are_not_taken_for_these(model, tmp_path, rng, capsys):
+    out = tmp_path / "out"
+    draw(model, str(out), **SETTINGS)
+    before = files_of(out)
+    assert before.keys() == {"00000.png", "00001.png", "settings.json"}
+    assert json.loads(before["settings.json"])["model"] == model
+    np.save(tmp_path / "noise.npy", rng.standard_normal((2, 8, 8, 4), np.float32))
+    (tmp_path / "more.txt").write_text("a dog\ncat\n")
+    for changed, message in (
+        ({"seed": 1}, "seed is 0 there, 1 here"),
+        ({"guidance": 2.5, "steps": 4}, r"steps is 1 there, 4 here; guidance is 1\.0 there, 2\.5 here"),
+        ({"sampler": "ddim"}, "sampler is 'dpm' there, 'ddim' here"),
+        ({"prompts": ["a dog", "cat"]}, "prompts differ"),
+        ({"prompts": [], "prompts_file": str(tmp_path / "more.txt")}, "prompts differ"),
+        ({"prompts": ["a dog"], "num": 2}, "prompts differ; num is 1 there, 2 here"),
+        ({"noise_file": str(tmp_path / "noise.npy")}, "noise differs"),
+    ):
+        with pytest.raises(InputError, match=f"pictures of other settings.*{message}") as caught:
+            draw(model, str(out), **SETTINGS | changed)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="model is '.*' there, 'bundled' here"):
+        draw("bundled", str(out), **SETTINGS)
+    assert files_of(out) == before
+    capsys.readouterr()
+    (out / "00001.png").unlink()
+    draw(model, str(out), **SETTINGS | {"batch_size": 1})
+    assert files_of(out).keys() == before.keys() and capsys.readouterr().out == f"1 picture(s): {out}\n"
+
+
+def test_pictures_of_unknown_settings_are_not_taken_for_these(no_model, tmp_path):
+    save_png(tmp_path / "out" / "00000.png", np.zeros((8, 8, 3), np.uint8))
+    before = files_of(tmp_path)
+    with pytest.raises(InputError, match="out holds pictures, and no settings.json"):
+        draw("bundled", str(tmp_path / "out"), **SETTINGS)
+    assert files_of(tmp_path) == before
+
+
+def test_a_name_with_a_dot_is_a_directory_unless_it_is_another_kind_of_picture(model, tmp_path, no_model):
+    for name in ("one.jpg", "one.JPEG", "one.webp", "one.gif", "one.bmp", "one.tif", "one.tiff"):
+        with pytest.raises(InputError, match=f"--out=.*{name}: only .png files are written"):
+            draw(model, str(tmp_path / name), **SETTINGS)
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below"):
+        with pytest.raises(InputError, match=f"cannot write --out=.*{name}: Not a directory"):
+            draw(model, str(tmp_path / name), **SETTINGS)
+    assert files_of(tmp_path) == {"file": b""}
+
+
+def test_both_kinds_of_names_are_drawn_to(model, tmp_path):
+    (tmp_path / "sd2.1").mkdir()
+    for name in ("sd1.5", "sd2.1"):
+        draw(model, str(tmp_path / name), **SETTINGS)
+        assert len(list((tmp_path / name).glob("*.png"))) == 2
+    draw(model, str(tmp_path / "deep" / "one.PNG"), **SETTINGS)
+    assert (tmp_path / "deep" / "one.PNG").is_file()
+
+
+@pytest.mark.parametrize("name", ["one.png", "deep/one.png", "pictures", "deep/pictures"])
+def test_what_cannot_be_written_is_told_before_the_model_is_loaded(no_model, name):
+    # Not even root makes a file there.
+    with pytest.raises(InputError, match=f"cannot write --out=/proc/self/fdinfo/{name}: ") as caught:
+        draw("bundled", f"/proc/self/fdinfo/{name}", **SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_left_where_the_model_or_the_noise_is_wrong(model, tmp_path):
+    np.save(tmp_path / "noise.npy", np.zeros((2, 4, 4, 4), np.float32))
+    for name, noise in (("nowhere", None), (model, str(tmp_path / "noise.npy"))):
+        with pytest.raises(InputError, match="does not exist|is expected"):
+            draw(name, str(tmp_path / "out"), **SETTINGS | {"noise_file": noise})
+    assert files_of(tmp_path).keys() == {"noise.npy"} and not (tmp_path / "out").exists()
+
+
+def noise_file(path: Path, kind: str) -> None:
+    if kind == "empty":
+        path.touch()
+    elif kind == "zip":
+        path.write_bytes(b"PK\x03\x04 and no more")
+    elif kind == "npz":
+        with open(path, "wb") as file:
+            np.savez(file, first=np.zeros((8, 8, 4)), second=np.zeros((8, 8, 4)))
+    else:
+        array = np.zeros(
+            {"scalar": (), "flat": (2, 8), "few": (1, 8, 8, 4)}.get(kind, (2, 8, 8, 4)), np.float32
+        )
+        if kind == "nan":
+            array[1, 0, 0, 0] = np.nan
+        with open(path, "wb") as file:
+            np.save(file, array.astype(np.float64) if kind == "double" else array)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "No such file"),
+        ("empty", "EOF: reading magic string"),
+        ("zip", "magic string is not correct"),
+        ("npz", "magic string is not correct"),
+        ("scalar", r"float32 \(\): finite float32 \[2, h, w, c\] is expected"),
+        ("flat", r"float32 \(2, 8\): finite"),
+        ("few", r"float32 \(1, 8, 8, 4\): finite float32 \[2, h, w, c\]"),
+        ("double", r"float64 \(2, 8, 8, 4\): finite"),
+        ("nan", r"float32 \(2, 8, 8, 4\): finite"),
+    ],
+)
+def test_a_file_that_is_no_noise_is_one_line(no_model, tmp_path, kind, message):
+    path = tmp_path / "noise.npy"
+    if kind != "missing":
+        noise_file(path, kind)
+    with pytest.raises(InputError, match=f"^--noise={path}: .*{message}") as caught:
+        draw("bundled", str(tmp_path / "out"), **SETTINGS | {"noise_file": str(path)})
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_seed_beyond_32_bits_is_refused_on_the_command_line(tmp_path):
+    command = [sys.executable, "launch/generate.py", "--model=bundled", "--prompt=dog"]
+    done = subprocess.run(
+        [*command, f"--out={tmp_path / 'one.png'}", f"--seed={2**32}"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and not any(tmp_path.iterdir())
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert f"--seed={2**32}" in done.stderr
+
+
+@pytest.mark.parametrize("limit", [100, 0])
+def test_a_picture_that_finds_no_room_is_one_line_and_leaves_nothing(tmp_path, limit):
+    script = """
+import resource, sys
+import numpy as np
+from sbv2_jax import cli
+from sbv2_jax.generate.pictures import save_png
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)  # as on a full disk
+    save_png(sys.argv[1], np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+try:
+    main()
+except cli.InputError as error:
+    cli.fail(str(error))
+"""
+    path = tmp_path / "one.png"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path), str(limit)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (2, f"error: cannot write {path}: File too large\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_prompts_that_are_cut_are_told(model, tmp_path, caplog):
+    draw(model, str(tmp_path / "one.png"), **SETTINGS | {"prompts": ["dog " * 40, "dog"]})
+    assert "1 of 2 prompts are longer than 12 tokens and are cut" in caplog.text

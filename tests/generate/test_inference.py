@@ -1,0 +1,150 @@
+"""Pictures from a pipeline directory against diffusers' own pipeline on the same noise, and the pure function."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import StableDiffusionPipeline as TorchPipeline
+from parity import nchw
+from PIL import Image
+from tiny_pipeline import write_pipeline
+
+import sbv2_jax
+from sbv2_jax.convert.formats.component import load_component
+from sbv2_jax.errors import InputError
+from sbv2_jax.generate.draw import draw
+from sbv2_jax.generate.inference import Pipeline, initial_noise
+
+PROMPTS = ["a red apple", "dog"]
+SETTINGS = {"num": 1, "seed": 0, "noise_file": None, "steps": 1, "guidance": 1.0, "sampler": "dpm"}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("inference"), prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="module")
+def ours(directory) -> Pipeline:
+    return sbv2_jax.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "options"),
+    [
+        ("ddim", DDIMScheduler, {}),
+        ("dpm", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    ],
+)
+def test_teacher_pictures_equal_the_pipeline_of_diffusers(ours, directory, rng, sampler, scheduler, options):
+    noise = rng.standard_normal((2, 8, 8, 4), np.float32)
+    theirs = TorchPipeline.from_pretrained(directory)
+    theirs.scheduler = scheduler.from_config(theirs.scheduler.config, **options)
+    theirs.set_progress_bar_config(disable=True)
+    want = theirs(
+        PROMPTS, latents=nchw(noise), num_inference_steps=4, guidance_scale=3.0, output_type="np"
+    ).images
+    got = ours(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler=sampler)
+    assert got.std() > 20
+    assert np.abs(got / 255.0 - want).max() < 2 / 255
+
+
+def test_one_step_is_the_x0_that_diffusers_predicts(ours, directory, rng):
+    noise = rng.standard_normal((2, 8, 8, 4), np.float32)
+    theirs = TorchPipeline.from_pretrained(directory)
+    with torch.no_grad():
+        context = theirs.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+        z, t = nchw(noise), torch.tensor(999)
+        x0 = theirs.scheduler.alphas_cumprod[999] ** 0.5 * z
+        x0 -= (1 - theirs.scheduler.alphas_cumprod[999]) ** 0.5 * theirs.unet(z, t, context).sample
+        images = theirs.vae.decode(x0 / theirs.vae.config.scaling_factor).sample
+    want = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.abs(ours(PROMPTS, noise=noise) / 255.0 - want).max() < 1 / 255
+
+
+def test_a_pipeline_is_saved_with_the_weights_that_it_has(ours, directory, tmp_path, rng):
+    noise = rng.standard_normal((2, 8, 8, 4), np.float32)
+    unet = {name: 1.1 * leaf for name, leaf in ours.params.unet.items()}
+    changed = dataclasses.replace(ours, params=dataclasses.replace(ours.params, unet=unet))
+    changed.save_pretrained(tmp_path / "out")
+    saved = load_component(tmp_path / "out" / "unet").params
+    assert all(np.array_equal(saved[name], unet[name]) for name in unet)
+    again = sbv2_jax.load(tmp_path / "out")
+    assert all(np.array_equal(again.params.vae[name], leaf) for name, leaf in ours.params.vae.items())
+    theirs = TorchPipeline.from_pretrained(tmp_path / "out")
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    want = theirs(PROMPTS, latents=nchw(noise), **settings).images
+    got = changed(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler="ddim")
+    assert np.abs(got / 255.0 - want).max() < 2 / 255
+    with pytest.raises(InputError, match="not empty; nothing was written"):
+        ours.save_pretrained(tmp_path / "out")
+
+
+def test_a_picture_depends_on_its_prompt_seed_and_index_alone(ours):
+    three = ours(["a dog", "a red apple", "dog"], seed=3)
+    alone = ours(["a red apple"], seed=3, indices=[1])
+    assert np.abs(three[1].astype(int) - alone[0]).max() <= 1
+    other = ours(["a red apple"], seed=4, indices=[1])
+    assert np.abs(three[1].astype(int) - other[0]).max() > 20
+
+
+def test_seed_0_is_a_seed_and_noise_is_standard_normal():
+    noise = initial_noise(0, range(64), (8, 8, 4))
+    np.testing.assert_array_equal(noise[5:7], initial_noise(0, [5, 6], (8, 8, 4)))
+    assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1) < 0.02
+    assert not np.array_equal(noise, initial_noise(1, range(64), (8, 8, 4)))
+
+
+def test_generate_is_pure_and_differentiable(ours, rng):
+    noise = rng.standard_normal((1, 8, 8, 4), np.float32)
+    ids, null = ours.tokenizer.encode(["dog"]), ours.tokenizer.encode([""])[0]
+
+    def brightness(noise):
+        return sbv2_jax.generate(ours.generator, ours.params, ids, null, noise).mean()
+
+    gradient = jax.jit(jax.grad(brightness))(noise)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"prompts": ["a dog", " "]}, "prompt 2 of 2 is empty"),
+        ({"prompts": []}, "no prompt"),
+        ({"prompts": ["dog"], "noise": np.ones((1, 4, 4, 4), np.float32)}, "expected"),
+        ({"prompts": ["dog"], "noise": np.ones((1, 8, 8, 4), np.float64)}, "float64"),
+        ({"prompts": ["dog"], "noise": np.full((1, 8, 8, 4), np.nan, np.float32)}, "finite"),
+        ({"prompts": ["dog"], "steps": 2, "sampler": "euler"}, "euler"),
+    ],
+)
+def test_bad_calls_are_one_clear_line(ours, call, message):
+    with pytest.raises(InputError, match=message) as error:
+        ours(call.pop("prompts"), **call)
+    assert "\n" not in str(error.value)
+
+
+def test_drawing_goes_on_where_it_stopped_and_repeats_given_noise(directory, tmp_path, rng):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na red apple\ndog\n")
+    out = tmp_path / "pictures"
+    common = {"prompts": [], "prompts_file": str(prompts), "batch_size": 2, **SETTINGS}
+    draw(str(directory), str(out), **common)
+    files = sorted(out.glob("*.png"))
+    assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png"]
+    before = [file.read_bytes() for file in files]
+    files[1].unlink()
+    draw(str(directory), str(out), **common)
+    difference = np.asarray(Image.open(files[1]), int)
+    files[1].write_bytes(before[1])
+    assert np.abs(difference - np.asarray(Image.open(files[1]), int)).max() <= 1
+
+    noise = rng.standard_normal((3, 8, 8, 4), np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    sheet = tmp_path / "sheet.png"
+    draw(str(directory), str(sheet), **common | {"noise_file": str(tmp_path / "noise.npy")})
+    assert Image.open(sheet).size == (64, 64)

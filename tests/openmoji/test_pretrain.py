@@ -1,0 +1,298 @@
+"""Pre-training: what each network learns from a few samples, and every stage end to end on a tiny world."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative_error
+
+import sbv2_jax
+from sbv2_jax import checkpoint, fields
+from sbv2_jax.convert.formats.pipeline import load_pipeline
+from sbv2_jax.errors import InputError
+from sbv2_jax.models.clip import CLIPTextConfig
+from sbv2_jax.models.clip_image import CLIPImageConfig
+from sbv2_jax.models.registry import network
+from sbv2_jax.openmoji import world as openmoji
+from sbv2_jax.openmoji.pretrain import loop, settings, stages, unet, vae
+from sbv2_jax.openmoji.pretrain.pictures import in_batches, to_float
+from sbv2_jax.openmoji.pretrain.run import pretrain
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny_config():
+    config = settings.default_config()
+    settings.shrink(config)
+    config.vae.widths = (8, 8, 8)
+    config.vae_tiny.update(encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1))
+    config.unet.widths = (8,)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    """Compiles fast instead of well, and each program once; measures the figures on few pictures."""
+    settings_of_jax = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings_of_jax}
+    for name, value in settings_of_jax.items():
+        jax.config.update(name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_HELD_OUT", 32)
+        patch.setattr(stages, "_PROMPTS", {"seen": 4, "recombined": 2, "held_out": 2})
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+# Learning
+
+
+def overfit(loss, params, inputs, metric: str, steps: int, lr: float) -> tuple[dict, list[float]]:
+    """Trains on a few samples; returns the parameters and the metric at every step."""
+    group = settings._training(steps=steps, batch_size=4, lr=lr, ema=0.5)
+    group.warmup = 5
+    optimizer = loop.make_optimizer(group, 0.3, 1.0)
+    step = jax.jit(loop.make_step(loss, optimizer, 0.5, 0))
+    params = {name: jnp.asarray(leaf) for name, leaf in params.items()}
+    state = loop.StageState(
+        step=jnp.zeros((), jnp.int32), params=params, opt=optimizer.init(params), ema=params
+    )
+    history = []
+    for _ in range(steps):
+        state, metrics = step(state, inputs)
+        history.append(float(metrics[metric]))
+    return state.ema, history
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    return np.stack([openmoji.example("train", index).image for index in range(4)])
+
+
+def test_vae_overfits_four_pictures_and_standardising_keeps_them(pictures):
+    config = tiny_config()
+    config.vae.update(kl=1e-5, widths=(8, 16, 16))
+    vae_config = vae.vae_config(config.vae, 64)
+    net = network(vae_config)
+    params, history = overfit(
+        vae.vae_loss(net, config.vae),
+        loop.quiet_branches(net.init(0)),
+        {"pictures": pictures},
+        "loss/picture",
+        60,
+        5e-3,
+    )
+    assert history[0] > 1.5
+    assert np.mean(history[-10:]) < 0.6
+
+    encode = jax.jit(lambda p, x: net.apply(p, to_float(x), method="encode")[0])
+    latents = in_batches(encode, params, pictures)
+    host = {name: np.asarray(leaf) for name, leaf in params.items()}
+    standard, moved, factor = vae.standardise(host, latents)
+    assert relative_error(in_batches(encode, standard, pictures), moved) < 1e-4
+    scaled = moved * factor
+    assert np.abs(scaled.mean((0, 1, 2))).max() < 1e-4
+    assert np.allclose(scaled.std((0, 1, 2)), 1, atol=1e-4)
+    decode = jax.jit(lambda p, z: net.apply(p, z, method="decode"))
+    assert relative_error(in_batches(decode, standard, moved), in_batches(decode, params, latents)) < 1e-4
+
+
+def test_standardising_moves_the_log_variance_with_the_latents(pictures):
+    net = network(vae.vae_config(tiny_config().vae, 64))
+    params = {name: jnp.asarray(leaf) for name, leaf in net.init(3).items()}
+    encode = jax.jit(lambda p, x: net.apply(p, to_float(x), method="encode"))
+    mean, log_variance = encode(params, pictures)
+    standard, moved, _ = vae.standardise({k: np.asarray(v) for k, v in params.items()}, np.asarray(mean))
+    ratio = moved.std((0, 1, 2)) / np.asarray(mean).std((0, 1, 2))
+    expected = np.asarray(log_variance) + 2 * np.log(ratio)
+    assert relative_error(encode(standard, pictures)[1], expected) < 1e-4
+
+
+def test_unet_overfits_four_latents_told_apart_by_their_captions(rng):
+    config = tiny_config()
+    config.unet.update(widths=(16,), caption_dropout=0.0, batch_size=32, guidance=1.0, sample_steps=4)
+    text_config = CLIPTextConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=4, bos_token_id=18, eos_token_id=19, pad_token_id=19,
+    )  # fmt: skip
+    net, text = network(unet.unet_config(config.unet, 16, 4, 4)), network(text_config)
+    text_params = {name: 4 * leaf for name, leaf in text.init(1).items()}
+    ids = np.full((4, 1, 4), 19, np.int32)
+    ids[:, 0, 0], ids[:, 0, 1] = 18, np.arange(4)
+    # Pictures of one value each: which one it is, only the caption says at the last timestep.
+    latents = np.broadcast_to(np.float32([-1.5, -0.5, 0.5, 1.5]).reshape(4, 1, 1, 1), (4, 4, 4, 4))
+    inputs = {"latents": latents, "ids": ids, "null": ids[0, 0]}
+    loss = unet.unet_loss(net, text, config.unet)
+    start = unet.join(loop.quiet_branches(net.init(0)), text_params)
+    params, history = overfit(loss, start, inputs, "loss/v", 200, 5e-3)
+    assert history[0] > 0.5
+    assert np.mean(history[-20:]) < 0.08
+
+    sample = jax.jit(unet.sampler(net, text, ids[:1, 0], config.unet))
+    drawn = sample(params, (ids[:, 0], unet.noise(4, latents)))
+    assert np.abs(drawn - latents).mean() < 0.3
+
+
+def test_times_are_drawn_in_proportion_to_themselves_and_spread_evenly():
+    t = np.asarray(unet.draw_times(jax.random.key(3), 64, 1000))
+    assert t.min() >= 0 and t.max() <= 999
+    # The share below t is (t / 1000)^2, and no stretch of it has two more or fewer samples than its share.
+    for limit in range(100, 1001, 100):
+        assert abs(np.sum(t < limit) - 64 * (limit / 1000) ** 2) <= 1
+    assert len(set(t.tolist())) > 55
+    assert not np.array_equal(t, unet.draw_times(jax.random.key(4), 64, 1000))
+
+
+def test_fresh_unet_predicts_zero():
+    net = network(unet.unet_config(tiny_config().unet, 16, 8, 4))
+    x, t = jnp.ones((1, 8, 8, 4)), jnp.zeros((1,), jnp.int32)
+    assert not np.any(jax.jit(net.apply)(loop.quiet_branches(net.init(0)), x, t, jnp.ones((1, 3, 16))))
+
+
+# End to end
+
+
+class Killed(Exception):
+    """Stands for the death of the process."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    pretrain(tiny_config(), workdir, "python launch/pretrain.py")
+    return workdir
+
+
+def newest(workdir: Path, stage: str) -> dict[str, np.ndarray]:
+    return checkpoint.load(workdir / stage / "checkpoints")[1]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def test_run_that_dies_twice_ends_bit_identical(undisturbed, tmp_path, monkeypatch):
+    write, deaths = loop.MetricsLog.write, {("vae", 3), ("unet", 4)}
+
+    def dies(self, step, metrics):
+        write(self, step, metrics)
+        here = (Path(self._file.name).parent.name, step)
+        if here in deaths:
+            deaths.remove(here)
+            raise Killed
+
+    monkeypatch.setattr(loop.MetricsLog, "write", dies)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            pretrain(tiny_config(), tmp_path, "python launch/pretrain.py")
+    pretrain(tiny_config(), tmp_path, "python launch/pretrain.py")
+    for stage in settings.STAGES:
+        wanted, found = newest(undisturbed, stage), newest(tmp_path, stage)
+        assert wanted.keys() == found.keys()
+        assert all(np.array_equal(wanted[name], found[name]) for name in wanted), stage
+    for path in sorted((undisturbed / "pipeline").rglob("*")):
+        if path.is_file():
+            assert (
+                path.read_bytes()
+                == (tmp_path / "pipeline" / path.relative_to(undisturbed / "pipeline")).read_bytes()
+            )
+
+
+def test_pipeline_directory_is_complete_small_and_float16(undisturbed):
+    directory = undisturbed / "pipeline"
+    parts = load_pipeline(directory)
+    assert {"vae_tiny", "clip"} <= parts.configs.keys()
+    assert {leaf.dtype for leaf in parts.unet.params.values()} == {np.dtype(np.float16)}
+    latents = np.load(undisturbed / "vae" / "latents.npz")["latents"]
+    _, _, factor = vae.standardise(
+        {name: np.asarray(leaf, np.float32) for name, leaf in parts.vae.params.items()}, latents
+    )
+    assert parts.vae.config.scaling_factor == pytest.approx(factor)
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    for text in (
+        "license: cc-by-sa-4.0",
+        "All emojis designed by OpenMoji",
+        "python launch/pretrain.py",
+        "PSNR",
+    ):
+        assert text in card
+    assert (directory / "grid_unet.png").is_file() and (directory / "grid_vae.png").is_file()
+    assert parts.tokenizer.max_length == 24
+    CLIPImageConfig.from_dict(json.loads((directory / "clip" / "preprocessor_config.json").read_text()))
+
+
+def test_pipeline_draws_the_same_picture_in_diffusers_and_here(undisturbed):
+    import torch
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline
+    from transformers import CLIPModel
+
+    directory, prompt = undisturbed / "pipeline", "a red apple on a blue background"
+    noise = np.random.default_rng(1).standard_normal((1, 16, 16, 8), np.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(directory)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        prompt,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        output_type="np",
+    ).images
+    ours = sbv2_jax.load(directory)([prompt], steps=3, guidance=3.0, sampler="ddim", noise=noise)
+    assert np.abs(ours.astype(np.float32) - 255 * theirs).max() <= 2
+    AutoencoderTiny.from_pretrained(directory / "vae_tiny")
+    CLIPModel.from_pretrained(directory / "clip")
+
+
+def test_complete_run_trains_nothing_again(undisturbed, monkeypatch):
+    monkeypatch.setattr(loop, "_advance", None)
+    before = (undisturbed / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    pretrain(tiny_config(), undisturbed, "python launch/pretrain.py")
+    assert (undisturbed / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+# Settings and the command
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("unet.widths", (0,), "config.unet.widths must be a tuple"),
+        ("vae.kl", -1.0, "config.vae.kl"),
+        ("clip.twins", 3, "config.clip.twins = 3 must divide config.clip.batch_size = 4"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(name, value, message):
+    config = tiny_config()
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises(InputError, match=message):
+        settings.validate(config)
+
+
+def test_config_file_gives_the_defaults_and_refuses_other_arguments():
+    file = str(ROOT / "configs" / "openmoji_teacher.py")
+    assert fields.load(file) == settings.default_config()
+    assert fields.load(f"{file}:runlocal").unet.steps == 4
+    with pytest.raises(InputError, match="runlocal"):
+        fields.load(f"{file}:runlocl")
+
+
+def test_command_names_an_unknown_field():
+    command = [sys.executable, "launch/pretrain.py", "--config=configs/openmoji_teacher.py"]
+    done = subprocess.run(
+        [*command, "--workdir=unused", "--config.unet.step=3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown field --config.unet.step; did you mean --config.unet.steps?\n"

@@ -1,0 +1,93 @@
+"""What a configuration becomes: schedules, sizes, and what is refused before anything is compiled."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusers import AutoencoderTiny
+from tiny_pipeline import write_pipeline
+
+import sbv2_jax
+from sbv2_jax.errors import InputError
+from sbv2_jax.run import build as assemble
+from sbv2_jax.run import components as parts
+from sbv2_jax.run.config import default_config
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("assemble"))
+
+
+def config_of(pipeline, **changes):
+    config = default_config()
+    config.update(teacher=str(pipeline), batch_size=4)
+    config.score.update(rank=2)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def assembled(config):
+    return assemble.assemble(config, parts.read_parts(config))
+
+
+def rates(optimizer, updates):
+    """The learning rate of each update: what Adam subtracts where the gradient stays 1."""
+    params = {"kernel": jnp.zeros(())}
+    state, found = optimizer.init(params), []
+    for _ in range(updates):
+        change, state = optimizer.update({"kernel": jnp.ones(())}, state, params)
+        found.append(-float(change["kernel"]))
+    return found
+
+
+@pytest.mark.parametrize("updates", [1, 5])
+def test_both_rates_rise_and_end_with_the_run(pipeline, updates):
+    """The score model's optimizer counts every update, of which a step may have several."""
+    changes = {"steps": 10, "optimizer__schedule": "cosine", "optimizer__warmup": 2}
+    changes |= {"optimizer__weight_decay": 0.0, "score__updates_per_step": updates, "score__lr": 1e-2}
+    run = assembled(config_of(pipeline, student__lr=1e-3, **changes))
+    student = rates(run.student_optimizer, 11)
+    np.testing.assert_allclose(student[:3], [0, 5e-4, 1e-3], rtol=1e-4)
+    np.testing.assert_allclose(student[6], 5e-4, rtol=1e-4)
+    assert student[10] == pytest.approx(0, abs=1e-9)
+    score = rates(run.score_optimizer, 10 * updates + 1)
+    np.testing.assert_allclose(score[::updates], 10 * np.array(student), rtol=1e-4, atol=1e-8)
+
+
+def test_a_decoder_of_other_latents_is_refused(pipeline, tmp_path):
+    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**blocks, latent_channels=16).save_pretrained(tmp_path / "wide")
+    config = config_of(
+        pipeline, clip__model=str(pipeline), clip__decoder=str(tmp_path / "wide"), clip__weight=0.1
+    )
+    with pytest.raises(InputError, match=r"wide \(config.clip.decoder\) decodes 16 latent channels.* has 4"):
+        assembled(config)
+
+
+def with_sample_size(pipeline, directory, size):
+    """A pipeline whose UNet says this size."""
+    copied = Path(shutil.copytree(pipeline, directory / "pipeline"))
+    path = copied / "unet" / "config.json"
+    values = json.loads(path.read_text()) | {"sample_size": size}
+    path.write_text(json.dumps(values))
+    return copied
+
+
+def test_a_size_is_asked_for_where_nothing_says_it(pipeline, tmp_path):
+    copied = with_sample_size(pipeline, tmp_path, None)
+    with pytest.raises(InputError, match="unet does not say its sample_size: set config.resolution"):
+        assembled(config_of(copied))
+    with pytest.raises(InputError, match="does not say a sample_size: write it"):
+        sbv2_jax.load(copied)
+    assert assembled(config_of(copied, resolution=16)).objective.latent_shape == (4, 4, 4)
+
+
+def test_latents_are_square(pipeline, tmp_path):
+    copied = with_sample_size(pipeline, tmp_path, [8, 16])
+    with pytest.raises(InputError, match=r"sample_size=\(8, 16\) is not supported"):
+        parts.read_parts(config_of(copied))

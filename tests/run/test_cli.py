@@ -1,0 +1,120 @@
+"""The shell of the commands, as real processes: one line on stderr, exit code 2, nothing written."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+from absl import flags
+from ml_collections import config_flags
+from sbv2_jax import cli
+from sbv2_jax.run import config
+from sbv2_jax.errors import InputError
+
+CONFIG = config_flags.DEFINE_config_file("config")
+WORKDIR = flags.DEFINE_string("workdir", None, "the run's directory")
+
+def main():
+    config.validate(CONFIG.value)
+    assert "jax" not in sys.modules
+    if WORKDIR.value == "bad":
+        raise InputError("two\\n  lines")
+    if WORKDIR.value == "bug":
+        raise RuntimeError("a bug")
+    if WORKDIR.value == "decoder":
+        raise OSError("a bug: no errno")
+    if WORKDIR.value == "missing":
+        open("/nowhere/at/all")
+    if WORKDIR.value == "full":
+        with open("/dev/full", "w") as file:
+            file.write("x")
+    print(CONFIG.value.student.lr, CONFIG.value.sample.prompts)
+    return 3 if WORKDIR.value == "three" else None
+
+cli.run(main, required=("config", "workdir"))
+"""
+
+COMMANDS = """
+from sbv2_jax import cli
+cli.run(lambda command: print("did", command), commands=("to-diffusers", "from-diffusers"))
+"""
+
+
+def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+
+
+RUN = ("--config=configs/openmoji.py", "--workdir=x")
+REFUSED = {
+    "misspelt group": ((*RUN, "--config.studnet.lr=1"), "did you mean --config.student.lr?"),
+    "misspelt leaf": ((*RUN, "--config.student.lrr=1"), "did you mean --config.student.lr?"),
+    "leaf without its group": ((*RUN, "--config.guidance=1"), "did you mean --config.vsd.guidance?"),
+    "as two words": ((*RUN, "--config.stepz", "3"), "did you mean --config.steps?"),
+    "group": ((*RUN, "--config.student=3"), "--config.student is a group"),
+    "wrong type": ((*RUN, "--config.student.lr=abc"), "--config.student.lr=abc: could not convert"),
+    "whole number": ((*RUN, "--config.steps=1.5"), "--config.steps=1.5: invalid literal for int()"),
+    "range": ((*RUN, "--config.student.lr=nan"), "config.student.lr must be a finite number > 0, not nan"),
+    "conflict": ((*RUN, "--config.vsd.t_min=990"), "config.vsd.t_min = 990 must be below"),
+    "no file": (("--config=configs/openmojo.py", "--workdir=x"), "no config file 'configs/openmojo.py'"),
+    "argument": (("--config=configs/openmoji.py:locl", "--workdir=x"), "unknown config argument 'locl'"),
+    "override first": (("--config.steps=3", *RUN), "before a value for --config was specified"),
+    "override alone": (("--config.steps=3", "--workdir=x"), "needs a --config=FILE.py"),
+    "missing flag": (RUN[:1], "missing --workdir (see --help)"),
+    "missing flags": ((), "missing --config, --workdir (see --help)"),
+    "unknown flag": ((*RUN, "--wrkdir=3"), "Did you mean: workdir ?"),
+    "positional": ((*RUN, "extra"), "unexpected argument 'extra'"),
+    "raised by main": ((RUN[0], "--workdir=bad"), "two lines"),
+    "a missing file": ((RUN[0], "--workdir=missing"), "error: /nowhere/at/all: No such file or directory"),
+    "a full disk": ((RUN[0], "--workdir=full"), "error: No space left on device"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, subprocess.CompletedProcess]:
+    with ThreadPoolExecutor(2) as pool:
+        return dict(
+            zip(REFUSED, pool.map(lambda case: call(SCRIPT, *case[0]), REFUSED.values()), strict=True)
+        )
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_and_exit_code_2(refused, case):
+    result = refused[case]
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert REFUSED[case][1] in result.stderr
+
+
+def test_good_input_reaches_main_with_its_overrides():
+    result = call(SCRIPT, *RUN, "--config.student.lr=1", "--config.sample.prompts=('a b', 'c')")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "1.0 ('a b', 'c')\n", "")
+
+
+def test_the_exit_code_of_main_and_a_bug():
+    assert call(SCRIPT, RUN[0], "--workdir=three").returncode == 3
+    for name, line in (("bug", "RuntimeError: a bug"), ("decoder", "OSError: a bug: no errno")):
+        result = call(SCRIPT, RUN[0], f"--workdir={name}")
+        assert result.returncode == 1 and "Traceback" in result.stderr and line in result.stderr
+
+
+def test_commands():
+    assert call(COMMANDS, "to-diffusers").stdout == "did to-diffusers\n"
+    result = call(COMMANDS, "to-difusers")
+    assert result.returncode == 2
+    assert result.stderr == "error: unknown command 'to-difusers'; did you mean to-diffusers?\n"
+    assert call(COMMANDS).stderr == "error: one command is expected: to-diffusers, from-diffusers\n"
