@@ -1,13 +1,14 @@
 """Converts checkpoints: out of a run into diffusers, to and from Orbax and LoRA files, and one with another.
 
 python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=student|ema|teacher] [--base=TEACHER]
-    [--init=START] [--push_to_hub=OWNER/NAME]
-python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR
-python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR
+    [--init=START] [--dtype=TYPE] [--push_to_hub=OWNER/NAME]
+python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR [--dtype=TYPE]
+python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR [--dtype=TYPE]
 python launch/convert.py from-openclip --model=DIR_OR_ID --out=DIR
 python launch/convert.py lora --run=RUN --out=FILE.safetensors [--step=N] [--which=student|ema|score]
-python launch/convert.py fuse --model=DIR --lora=FILE.safetensors --out=DIR [--alpha=A]
+python launch/convert.py fuse --model=DIR --lora=FILE.safetensors --out=DIR [--alpha=A] [--dtype=TYPE]
 python launch/convert.py merge --model=DIR_OR_RUN --weight=0.5 --model=DIR_OR_RUN --weight=0.5 --out=DIR
+    [--dtype=TYPE]
 python launch/convert.py extract-lora --model=DIR --base=DIR --rank=R --out=FILE.safetensors
 python launch/convert.py inspect --model=DIR_OR_FILE [--other=DIR_OR_FILE]
 """
@@ -31,17 +32,20 @@ _LORA = flags.DEFINE_string("lora", None, "A LoRA file to fuse.")
 _ALPHA = flags.DEFINE_float("alpha", None, "The alpha of a LoRA file that does not say it.")
 _RANK = flags.DEFINE_integer("rank", None, "The rank of the extracted LoRA.", lower_bound=1)
 _PUSH = flags.DEFINE_string("push_to_hub", None, "OWNER/NAME to upload the result to, with a model card.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ("float32", "bfloat16", "float16"), "The type of the weights; a pipeline's is float32."
+)
 _OUT = flags.DEFINE_string("out", None, "The directory or file to write; nothing is overwritten.")
 
 # The flags that each command needs, and those that it may have.
 _COMMANDS = {
-    "to-diffusers": (("run", "out"), ("step", "which", "base", "init", "push_to_hub")),
-    "to-diffusers --model": (("model", "out"), ()),
-    "from-diffusers": (("model", "out"), ()),
+    "to-diffusers": (("run", "out"), ("step", "which", "base", "init", "push_to_hub", "dtype")),
+    "to-diffusers --model": (("model", "out"), ("dtype",)),
+    "from-diffusers": (("model", "out"), ("dtype",)),
     "from-openclip": (("model", "out"), ()),
     "lora": (("run", "out"), ("step", "which")),
-    "fuse": (("model", "lora", "out"), ("alpha",)),
-    "merge": (("model", "weight", "out"), ()),
+    "fuse": (("model", "lora", "out"), ("alpha", "dtype")),
+    "merge": (("model", "weight", "out"), ("dtype",)),
     "extract-lora": (("model", "base", "rank", "out"), ()),
     "inspect": (("model",), ("other",)),
 }
@@ -60,7 +64,7 @@ def main(command: str) -> None:
 
     model = _MODEL.value[0] if _MODEL.value else None
     if command == "from-diffusers" or command == "to-diffusers" and model:
-        layouts.rewrite(model, _OUT.value, orbax=command == "from-diffusers")
+        layouts.rewrite(model, _OUT.value, orbax=command == "from-diffusers", dtype=_DTYPE.value)
     elif command == "from-openclip":
         openclip.convert(model, _OUT.value)
     elif command == "to-diffusers":
@@ -73,6 +77,7 @@ def main(command: str) -> None:
             which=_WHICH.value,
             base=_BASE.value,
             init=_INIT.value,
+            dtype=_DTYPE.value,
         )
         print(f"wrote {_OUT.value} from step {step}")
         if _PUSH.value is not None:
@@ -84,9 +89,10 @@ def main(command: str) -> None:
         step = export.export_lora(_RUN.value, _OUT.value, step=_STEP.value, which=_WHICH.value)
         print(f"wrote {_OUT.value} from step {step}")
     elif command == "fuse":
-        fuse.fuse_file(open_model(model), _LORA.value, _OUT.value, _ALPHA.value)
+        fuse.fuse_file(open_model(model), _LORA.value, _OUT.value, _ALPHA.value, dtype=_DTYPE.value)
     elif command == "merge":
-        merge.merge_models([open_model(one) for one in _MODEL.value], _WEIGHT.value, _OUT.value)
+        models = [open_model(one) for one in _MODEL.value]
+        merge.merge_models(models, _WEIGHT.value, _OUT.value, dtype=_DTYPE.value)
     elif command == "extract-lora":
         base = open_model(_BASE.value)
         print(extract.summary(extract.extract_file(open_model(model), base, _RANK.value, _OUT.value)))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +40,10 @@ def weighted_sum(
     return merged
 
 
-def merge_models(models: Sequence[Model], weights: Sequence[float], out: str | Path) -> None:
-    """Writes the first model with the weighted sum of the UNets of all.
+def merge_models(
+    models: Sequence[Model], weights: Sequence[float], out: str | Path, *, dtype: Any | None = None
+) -> None:
+    """Writes the first model with the weighted sum of the UNets of all; `dtype` as for `save_model`.
 
     Raises InputError for weights that do not sum to 1, and, listing every difference, for UNets of other shapes
     or settings and for models of other noise schedules; nothing is written then.
@@ -60,7 +63,7 @@ def merge_models(models: Sequence[Model], weights: Sequence[float], out: str | P
     schedules = [_schedule(model) for model in models if model.scheduler is not None]
     for schedule in schedules[1:]:
         _require_equal(schedules[0], schedule, "the pipelines' schedules")
-    save_model(out, first, weighted_sum([model.unet.params for model in models], weights))
+    save_model(out, first, weighted_sum([model.unet.params for model in models], weights), dtype=dtype)
 
 
 def _settings(config: object) -> dict[str, object]:

@@ -45,13 +45,28 @@ def require_alike(model: Model, other: Model) -> None:
     require_same(other.unet.params, model.unet.params, other.name, model.name)
 
 
-def save_model(out: str | Path, model: Model, params: Mapping[str, np.ndarray] | None = None) -> None:
+def save_model(
+    out: str | Path,
+    model: Model,
+    params: Mapping[str, np.ndarray] | None = None,
+    *,
+    dtype: Any | None = None,
+) -> None:
     """Writes a model, with other weights of its UNet if they are given, as a diffusers directory.
+
+    Without a `dtype` a pipeline is written in float32, and a UNet on its own keeps its types.
 
     Raises InputError as `save_pipeline` and `save_component` do; nothing is written then.
     """
     unet = model.unet if params is None else Component(model.unet.config, dict(params))
     if model.pipeline is None:
-        save_component(out, unet.config, unet.params)
+        save_component(out, unet.config, unet.params, dtype=dtype)
     else:
-        save_pipeline(out, base=model.pipeline, unet=unet, scheduler=model.scheduler, **model.text_encoders)
+        save_pipeline(
+            out,
+            base=model.pipeline,
+            unet=unet,
+            scheduler=model.scheduler,
+            dtype=dtype or "float32",
+            **model.text_encoders,
+        )

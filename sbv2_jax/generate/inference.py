@@ -142,10 +142,11 @@ class Pipeline:
         )
         return to_uint8(images)
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, *, dtype: Any = "float32") -> None:
         """Writes the pipeline, with the weights in `params`, as a directory that diffusers loads.
 
-        The other files are those of the directory that it was loaded from. Raises InputError for a directory that
+        All of them are written in one `dtype`. The other files are those of the directory that it was loaded from.
+        Raises InputError for a directory that
         is not empty or cannot be written, and for weights that do not fit; nothing is written then.
         """
         towers = split(self.params.text_encoder, self.parts.text_encoders)
@@ -153,7 +154,7 @@ class Pipeline:
             name: Component(self.parts.configs[name], jax.device_get(params))
             for name, params in {"unet": self.params.unet, "vae": self.params.vae, **towers}.items()
         }
-        save_pipeline(directory, base=self.parts.directory, **networks)
+        save_pipeline(directory, base=self.parts.directory, dtype=dtype, **networks)
 
     @functools.cache  # noqa: B019 (as long-lived as the pipeline; a compiled program is kept for each setting)
     def _generate(self, steps: int, guidance: float, sampler: str) -> Any:

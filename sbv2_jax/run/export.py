@@ -25,7 +25,7 @@ _EXPORT_SECONDS = 3600
 def export_student(run: Run, state: TrainState, directory: Path) -> None:
     """Writes the student, averaged where the run keeps an average, as a pipeline for one step in diffusers.
 
-    The other parts are the teacher's. The student's weights are float32; a LoRA is merged into its base in
+    The other parts are the teacher's. All weights are float32; a LoRA is merged into its base in
     float32. An older export of the same run is replaced. Process 0 writes, and the others wait for it: one that
     ended at once would have the first ended too, after five minutes. Raises InputError, in every process, where it
     cannot be written.
@@ -64,6 +64,7 @@ def export_checkpoint(
     which: str | None = None,
     base: str | None = None,
     init: str | None = None,
+    dtype: str | None = None,
 ) -> int:
     """Writes a model of a run's checkpoint as a pipeline; returns the checkpoint's step.
 
@@ -75,6 +76,7 @@ def export_checkpoint(
         the run distils; without it, the average where the run keeps one.
       base, init: the teacher's pipeline and what the student started from, where they are no longer where the
         run found them.
+      dtype: of all weights that are written; without it, float32.
 
     Raises InputError as `student_of` does; nothing is written then.
     """
@@ -82,10 +84,10 @@ def export_checkpoint(
         raise InputError("--which=score is no student; it can be written as a LoRA file")
     if which == "teacher":
         found, _, config = read_run(run, step, "step")
-        save_pipeline(out, base=base or config.teacher)
+        save_pipeline(out, base=base or config.teacher, dtype=dtype or "float32")
         return found
     found, student = student_of(run, step=step, which=which, base=base, init=init)
-    save_model(out, student)
+    save_model(out, student, dtype=dtype)
     return found
 
 

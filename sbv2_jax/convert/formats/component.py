@@ -87,6 +87,13 @@ def load_component(
     return Component(config, {name: params[name] for name in sorted(params)})
 
 
+def declared_dtype(directory: str | Path) -> str | None:
+    """Returns the `dtype` that the config.json of a model directory says; None where it says none."""
+    values = read_json(file_of(existing_directory(directory), "config.json"))
+    found = values.get("dtype", values.get("torch_dtype"))
+    return found if isinstance(found, str) else None
+
+
 def _match(class_name: str, weights: Weights, shapes: Shapes, source: str) -> dict[str, str]:
     """Returns our name of every parameter by its name in the file, having compared all of them."""
     current = current_names(class_name, weights.infos, source)
@@ -138,16 +145,21 @@ def write_component(
     dtype: Any | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     orbax: bool = False,
+    declared: str | None = None,
 ) -> None:
     """Writes the files of `save_component`, or with `orbax` an Orbax checkpoint, into a directory that exists.
 
-    Raises InputError as `save_component` does; not atomic.
+    The config.json of a transformers network says the `dtype` of its weights, since transformers loads them in
+    what it says; `declared` is said in place of it. Raises InputError as `save_component` does; not atomic.
     """
     require_same(params, network(config).shapes, "the parameters given", class_of(config))
     dtype = None if dtype is None else _format_name(dtype)
     values = config.to_dict()
     if not config.CLASS_NAME:
         values["architectures"] = [class_of(config)]
+        types = {str(DTYPES[dtype or _format_name(leaf.dtype)]) for leaf in params.values()}
+        # None where the file has several, as no writer but a converter makes it
+        values["dtype"] = declared or (types.pop() if len(types) == 1 else None)
     write_json(directory / "config.json", values)
     if orbax:
         arrays = {

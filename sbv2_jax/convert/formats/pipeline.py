@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sbv2_jax.convert.formats.component import Component, load_component, load_config, write_component
+from sbv2_jax.convert.formats.component import (
+    Component,
+    declared_dtype,
+    load_component,
+    load_config,
+    write_component,
+)
 from sbv2_jax.convert.formats.families import (
     STABLE_DIFFUSION,
     STABLE_DIFFUSION_XL,
@@ -205,7 +211,7 @@ def save_pipeline(
     clip: Component | Path | None = None,
     base: str | Path | None = None,
     one_step: bool = False,
-    dtype: Any | None = None,
+    dtype: Any | None = "float32",
     orbax: bool = False,
 ) -> None:
     """Writes a pipeline directory that diffusers' `DiffusionPipeline.from_pretrained` loads.
@@ -213,7 +219,8 @@ def save_pipeline(
     A network is given as it is, or as the directory to take it from (one is in memory at a time then), a CLIP
     with the `preprocessor_config.json` and the tokenizer that lie there. `scheduler` holds the values of a
     scheduler_config.json; with `one_step` it becomes `one_step_scheduler`. What is not given is taken from the
-    pipeline `base`, without which no SDXL is written. Types are kept unless `dtype` is given. With `orbax` the
+    pipeline `base`, without which no SDXL is written. All weights are of one `dtype`, since PyTorch multiplies
+    no two types; None keeps those of the parts, and what their config.json files say of them. With `orbax` the
     weights are written as Orbax checkpoints: the directory is then one for this package, not for diffusers.
     All is written next to `directory` and renamed at the end. Raises InputError for a directory that is not
     empty or cannot be written, and for parts that are missing, wrong, or do not fit each other.
@@ -253,7 +260,15 @@ def save_pipeline(
         for name, part in parts.items():
             (partial / name).mkdir()
             component = part if isinstance(part, Component) else load_component(part)
-            write_component(partial / name, component.config, component.params, dtype=dtype, orbax=orbax)
+            kept = dtype is None and not isinstance(part, Component)
+            write_component(
+                partial / name,
+                component.config,
+                component.params,
+                dtype=dtype,
+                orbax=orbax,
+                declared=declared_dtype(part) if kept else None,
+            )
             del component  # before the next one is read
         clip = parts.get("clip")
         if isinstance(clip, Component):

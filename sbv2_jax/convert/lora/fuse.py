@@ -43,8 +43,17 @@ def fuse(base: Mapping[str, np.ndarray], update: Lora) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in fused.items()}
 
 
-def fuse_file(model: Model, file: str | Path, out: str | Path, alpha: float | None = None) -> None:
+def fuse_file(
+    model: Model,
+    file: str | Path,
+    out: str | Path,
+    alpha: float | None = None,
+    *,
+    dtype: Any | None = None,
+) -> None:
     """Writes a model with the LoRA of a file fused into the weights of its UNet and of its text encoders.
+
+    `dtype` is explained at `save_model`.
 
     Raises InputError as `read_loras`, `require_fit` and `save_model` do, and for a LoRA of a text encoder where
     the model is a UNet on its own; nothing is written then.
@@ -65,7 +74,7 @@ def fuse_file(model: Model, file: str | Path, out: str | Path, alpha: float | No
         require_fit(update.factors, component.params, f"the {part} of {model.name}")
         fused[part] = Component(component.config, fuse(component.params, update))
     unet = fused.pop("unet", model.unet)
-    save_model(out, dataclasses.replace(model, unet=unet, text_encoders=fused))
+    save_model(out, dataclasses.replace(model, unet=unet, text_encoders=fused), dtype=dtype)
 
 
 def _layers(params: Mapping[str, Any]) -> list[str]:
