@@ -16,7 +16,7 @@ _NUM = flags.DEFINE_integer("num", 1, "Pictures for each prompt.", lower_bound=1
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
 _NOISE = flags.DEFINE_string("noise", None, "A .npy file of float32 noise [B, h, w, 4], instead of a seed.")
 _STEPS = flags.DEFINE_integer("steps", 1, "Steps; more than one samples a teacher.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance; 1 is none.", lower_bound=0.0)
+_GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance; 1 or less is none.")
 _SAMPLER = flags.DEFINE_enum("sampler", "dpm", SAMPLERS, "The sampler of more than one step.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time.", lower_bound=1)
 

@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sbv2_jax.convert.formats.component import load_component, load_config
+from sbv2_jax.convert.formats.component import load_config
 from sbv2_jax.convert.formats.legacy import current_names
 from sbv2_jax.convert.formats.names import params_to_torch
-from sbv2_jax.convert.formats.orbax_files import has_params
+from sbv2_jax.convert.formats.orbax_files import has_params, read_params
 from sbv2_jax.convert.formats.pipeline import load_pipeline
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo, read_header
 from sbv2_jax.convert.formats.weight_files import open_weights
-from sbv2_jax.models.registry import class_of
+from sbv2_jax.models.registry import class_of, network
 
 _CHUNK = 1 << 24
 _TYPES = {dtype: name for name, dtype in DTYPES.items()}
@@ -52,7 +52,7 @@ def tensors(model: str | Path) -> dict[str, Tensor]:
 def _of_network(directory: Path) -> dict[str, Tensor]:
     config = load_config(directory)
     if has_params(directory):
-        return _of_params(load_component(directory).params)
+        return _of_params(read_params(directory, network(config).shapes))
     weights = open_weights(directory, "diffusion_pytorch_model" if config.CLASS_NAME else "model")
     today = current_names(class_of(config), weights.infos, str(directory))
     found = {}

@@ -36,7 +36,8 @@ def weighted_sum(
         dtype = first.dtype
         for one in params[1:]:
             dtype = jnp.promote_types(dtype, one[name].dtype)
-        merged[name] = total.astype(dtype)
+        with np.errstate(over="ignore"):  # what is too large for the type is refused when it is written
+            merged[name] = total.astype(dtype)
     return merged
 
 

@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbv2_jax.diffusion.schedule import TIMESTEP_SPACINGS, Schedule, classifier_free_guidance, to_x0
+from sbv2_jax.diffusion.schedule import (
+    TIMESTEP_SPACINGS,
+    Schedule,
+    classifier_free_guidance,
+    is_guided,
+    to_x0,
+)
 from sbv2_jax.errors import InputError
 
 SAMPLERS = ("ddim", "dpm")
@@ -73,9 +79,10 @@ def guided(
     """Returns a `denoise` with classifier-free guidance that calls the network once, on a batch of 2 B.
 
     `apply(x_t, t, context)` is the network; conditional and unconditional are pytrees of arrays [B, ...]. The
-    unconditional half comes first. A scale of 1 is the conditional network alone, at half the cost.
+    unconditional half comes first. A scale of 1 or less is none (`schedule.is_guided`): the conditional network
+    alone, at half the cost.
     """
-    if scale == 1.0:
+    if not is_guided(scale):
         return lambda x, t: apply(x, t, conditional)
 
     def double(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -251,6 +251,15 @@ def classifier_free_guidance(
     return unconditional + scale * (conditional - unconditional)
 
 
+def is_guided(scale: float) -> bool:
+    """Whether classifier-free guidance of this scale changes the network's output: 1 and less are none.
+
+    Turbo models are documented with a guidance of 0 and mean none, where the formula would erase the prompt.
+    Source: diffusers' `do_classifier_free_guidance`, and `predict_noise` of DMD2 (Yin et al., 2024).
+    """
+    return scale > 1
+
+
 def coefficients(schedule: Schedule, t: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns a_t and s_t, float32 [B, 1, ...], to multiply these arrays of one shape [B, ...] with.
 

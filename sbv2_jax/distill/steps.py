@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from sbv2_jax.devices.programs import ANYWHERE, INLINE, Placement, Programs
-from sbv2_jax.diffusion.schedule import Schedule, add_noise, classifier_free_guidance, to_epsilon, to_x0
+from sbv2_jax.diffusion.schedule import (
+    Schedule,
+    add_noise,
+    classifier_free_guidance,
+    is_guided,
+    to_epsilon,
+    to_x0,
+)
 from sbv2_jax.distill import losses
 from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.models.conditions import Text, TextEncoder, like
@@ -165,8 +172,8 @@ def difference(
     """Returns the VSD gradient at x, [B, h, w, C], from one forward of the UNet over all rows.
 
     Teacher and score, conditional and not, differ by the text and by a per-row LoRA scale (0 for the
-    teacher), so one copy of the network in the program serves them all. A guidance of 1 has no
-    unconditional rows.
+    teacher), so one copy of the network in the program serves them all. A guidance of 1 or
+    less is none and has no unconditional rows.
     """
     schedule, count = models.score_schedule, x.shape[0]
     x_t = add_noise(schedule, x, noise.noise, noise.t)
@@ -177,7 +184,7 @@ def difference(
             (objective.guidance, 0.0),
             (objective.score_guidance, objective.score_lora_scale),
         )
-        for rows in ((text,) if guidance == 1.0 else (text, null))
+        for rows in ((text, null) if is_guided(guidance) else (text,))
     ]
     output = models.score.apply(
         {**frozen.teacher, **cast(score, objective.compute_dtype)},
@@ -190,7 +197,7 @@ def difference(
 
     def guided(guidance: float) -> jax.Array:
         conditional = next(rows)
-        if guidance != 1.0:
+        if is_guided(guidance):
             conditional = classifier_free_guidance(conditional, next(rows), guidance)
         return to_epsilon(schedule, conditional, x_t, noise.t)
 

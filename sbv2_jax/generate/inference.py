@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline, save_pipeline
 from sbv2_jax.diffusion import samplers
-from sbv2_jax.diffusion.schedule import Schedule, make_schedule, to_x0
+from sbv2_jax.diffusion.schedule import Schedule, is_guided, make_schedule, to_x0
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.conditions import Text, TextEncoder, join, like, split
 from sbv2_jax.models.network import Network
@@ -59,7 +60,8 @@ def generate(
 
     Token ids are [B, S], or [B, 2, S] for SDXL's two towers; the picture's size, which SDXL is told, is that of the
     noise. One step predicts x0 at the last timestep, as a distilled student does; more integrate with "ddim" or
-    "dpm" (`samplers.sample`). `null_ids` is the empty prompt, [S] or [2, S], read where `guidance` is not 1.
+    "dpm" (`samplers.sample`). `null_ids` is the empty prompt, [S] or [2, S], read where `guidance`
+    is over 1; 1 and less are none, as in diffusers.
     Pure: the generator and the keyword arguments are static under `jax.jit`.
     """
     dtype = params.unet["conv_in.kernel"].dtype
@@ -70,7 +72,7 @@ def generate(
     encoder, latent_shape = generator.text_encoder, noise.shape[1:]
     text = cast(encoder.apply(params.text_encoder, input_ids, latent_shape), dtype)
     null = text
-    if guidance != 1.0:
+    if is_guided(guidance):
         null = like(cast(encoder.null(params.text_encoder, null_ids, latent_shape), dtype), text)
     denoise = samplers.guided(predict, text, null, guidance)
     if steps == 1:
@@ -124,10 +126,13 @@ class Pipeline:
         """Returns one picture for each prompt, uint8 [B, H, W, 3].
 
         A picture depends on its prompt, the seed and its index (its place in the list, or `indices`), whatever
-        the size of the batch. `noise`, float32 [B, h, w, c], replaces the seed.
-        Raises InputError for an empty prompt, and for noise of another shape, dtype or with NaN.
+        the size of the batch. `noise`, float32 [B, h, w, c], replaces the seed. A `guidance` of 1 or less is none,
+        as in diffusers.
+        Raises InputError for an empty prompt, for noise of another shape, dtype or with NaN, and for a number that
+        `check_numbers` refuses.
         """
         check_prompts(prompts)
+        check_numbers(seed=seed, steps=steps, guidance=guidance)
         shape = (len(prompts), *self.latent_shape)
         if noise is None:
             noise = initial_noise(
@@ -137,7 +142,8 @@ class Pipeline:
             raise InputError(
                 f"noise is {noise.dtype} {noise.shape}: finite float32 {shape} is expected, one for each prompt"
             )
-        images = self._generate(steps, guidance, sampler)(
+        scale = float(guidance) if is_guided(guidance) else 1.0  # one program for all that are none
+        images = self._generate(steps, scale, sampler)(
             self.params, self.tokenizer.encode(prompts), self.tokenizer.encode([""])[0], noise
         )
         return to_uint8(images)
@@ -169,6 +175,26 @@ def check_prompts(prompts: Sequence[str]) -> None:
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise InputError(f"prompt {number} of {len(prompts)} is empty")
+
+
+def check_numbers(*, seed: int, steps: int, guidance: float) -> None:
+    """Raises InputError for a seed that is not of 32 bits, and for steps or a guidance that are no such numbers.
+
+    The -1 by which other programs mean any seed is refused: the same call draws the same picture.
+    """
+    if not _is_whole(seed) or not 0 <= seed < 2**32:
+        raise InputError(
+            f"seed={seed!r}: a whole number from 0 to {2**32 - 1} is expected; none stands for any"
+        )
+    if not _is_whole(steps) or steps < 1:
+        raise InputError(f"steps={steps!r}: a whole number >= 1 is expected")
+    real = isinstance(guidance, int | float | np.number) and not isinstance(guidance, bool)
+    if not real or not math.isfinite(guidance):
+        raise InputError(f"guidance={guidance!r}: a finite number is expected; 1 or less is none")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:

@@ -13,13 +13,16 @@ from sbv2_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+    from sbv2_jax.models.clip import CLIPTextConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """A CLIP tokenizer; `load_tokenizer` makes one.
 
     `max_length` is the length of every encoded prompt, start and end tokens included. `pad_token_id` differs
-    between the families: Stable Diffusion 1 pads with the end token, 2 with token 0.
+    between the families: Stable Diffusion 1 pads with the end token, 2 with token 0. `vocab_size` is one more than
+    the largest id that a prompt may have.
     """
 
     max_length: int
@@ -49,10 +52,20 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerPair:
-    """SDXL's two tokenizers, which give every prompt to both of its text towers; they pad differently."""
+    """SDXL's two tokenizers, which give every prompt to both of its text towers; they pad differently.
+
+    Raises InputError where their lengths differ.
+    """
 
     first: Tokenizer
     second: Tokenizer
+
+    def __post_init__(self) -> None:
+        if self.first.max_length != self.second.max_length:
+            raise InputError(
+                f"the tokenizers give {self.first.max_length} and {self.second.max_length} tokens a prompt; "
+                "their text towers take the same number"
+            )
 
     @property
     def max_length(self) -> int:
@@ -64,15 +77,7 @@ class TokenizerPair:
         return self.first.count_truncated(prompts)
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
-        """Returns the token ids [B, 2, max_length], int32, as `Tokenizer.encode` does.
-
-        Raises InputError where the tokenizers' lengths differ.
-        """
-        if self.first.max_length != self.second.max_length:
-            raise InputError(
-                f"the tokenizers give {self.first.max_length} and {self.second.max_length} tokens a prompt; "
-                "their text towers take the same number"
-            )
+        """Returns the token ids [B, 2, max_length], int32, as `Tokenizer.encode` does."""
         return np.stack([self.first.encode(prompts), self.second.encode(prompts)], axis=1)
 
 
@@ -109,4 +114,25 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         backend = CLIPTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise whatever the parsing met
         raise InputError(f"{directory} does not hold a readable CLIP tokenizer: {error}") from error
-    return Tokenizer(max_length, backend.pad_token_id, backend.eos_token_id, len(backend), backend)
+    largest = max(backend.get_vocab().values(), default=-1)
+    return Tokenizer(max_length, backend.pad_token_id, backend.eos_token_id, largest + 1, backend)
+
+
+def load_fitting(directory: str | Path, config: "CLIPTextConfig") -> Tokenizer:
+    """Reads the tokenizer of a text tower.
+
+    Raises InputError as `load_tokenizer` does, and where its prompts are longer than the tower's positions or its
+    tokens more than the tower has embeddings: such a prompt would be drawn black, or not at all.
+    """
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.max_length > config.max_position_embeddings:
+        raise InputError(
+            f"{Path(directory) / 'tokenizer_config.json'}: model_max_length={tokenizer.max_length}, and the text "
+            f"encoder has max_position_embeddings={config.max_position_embeddings}: lower the first"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{directory} has tokens up to {tokenizer.vocab_size - 1}, and the text encoder embeddings of "
+            f"{config.vocab_size}: a tokenizer and a text encoder of one model are needed"
+        )
+    return tokenizer

@@ -129,7 +129,7 @@ def _as(shapes: Shapes, dtype: Any) -> Shapes:
 def _null_text(
     parts: Parts, text_encoder: TextEncoder, shapes: Shapes, latent_shape: tuple[int, ...]
 ) -> Text:
-    length = parts.text_encoder.config.max_position_embeddings
+    length = parts.prompt_length
     ids = (length,) if len(parts.text_encoders) == 1 else (len(parts.text_encoders), length)
     return jax.eval_shape(
         lambda params, ids: text_encoder.null(params, ids, latent_shape),

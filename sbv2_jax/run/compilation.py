@@ -72,6 +72,6 @@ def abstract_batch(size: int, run: Run, sharding: NamedSharding | None = None) -
         return jax.ShapeDtypeStruct((size, *shape), jnp.int32, sharding=sharding)
 
     towers, clip = run.parts.text_encoders, run.parts.clip
-    length = run.parts.text_encoder.config.max_position_embeddings
+    length = run.parts.prompt_length
     text = ids(length) if len(towers) == 1 else ids(len(towers), length)
-    return Batch(text, None if clip is None else ids(clip.config.text_config.max_position_embeddings))
+    return Batch(text, None if clip is None else ids(run.parts.clip_prompt_length))

@@ -18,6 +18,7 @@ from sbv2_jax.models.conditions import TOWERS
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.tiny_vae import TinyVAEConfig
+from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair, load_fitting
 from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.models.vae import VAEConfig
 
@@ -35,7 +36,8 @@ class Parts:
     """The components of a run, as their files describe them.
 
     `text_encoder_2` only for SDXL, and `zero_null` whether its null condition is zeros; `decoder` and `clip` only
-    with the CLIP loss.
+    with the CLIP loss. `tokenizer` is that of the text encoders, `clip_tokenizer` that of the loss's CLIP, which may be
+    the same; published shapes have none.
     """
 
     teacher: Part
@@ -50,6 +52,22 @@ class Parts:
     clip: Part | None
     clip_image: CLIPImageConfig | None
     pipeline: Path | None
+    tokenizer: Tokenizer | TokenizerPair | None = None
+    clip_tokenizer: Tokenizer | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """The tokens of a prompt for the text encoders."""
+        if self.tokenizer is not None:
+            return self.tokenizer.max_length
+        return self.text_encoder.config.max_position_embeddings
+
+    @property
+    def clip_prompt_length(self) -> int:
+        """The tokens of a prompt for the loss's CLIP."""
+        if self.clip_tokenizer is not None:
+            return self.clip_tokenizer.max_length
+        return self.clip.config.text_config.max_position_embeddings
 
     @property
     def text_encoders(self) -> dict[str, Part]:
@@ -73,10 +91,11 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
     student, student_schedule = teacher, pipeline.schedule_config
     if config.student.init != "teacher":
         student, student_schedule = _student(config.student.init, pipeline.schedule_config)
-    clip = clip_image = decoder = None
+    clip = clip_image = clip_tokenizer = decoder = None
     if config.clip.model:
         clip = _part(component_dir(resolve(config.clip.model), "clip"))
         clip_image = _clip_image(clip)
+        clip_tokenizer = _clip_tokenizer(clip, pipeline)
         decoder = _decoder(config.clip.decoder, pipeline)
     return Parts(
         teacher=teacher,
@@ -90,6 +109,8 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
         clip=clip,
         clip_image=clip_image,
         pipeline=pipeline.directory,
+        tokenizer=pipeline.tokenizer,
+        clip_tokenizer=clip_tokenizer,
     )
 
 
@@ -136,6 +157,13 @@ def _clip_image(clip: Part) -> CLIPImageConfig:
     if image.size != size:
         raise InputError(f"{path} has size={image.size}; the network takes {size}")
     return image
+
+
+def _clip_tokenizer(clip: Part, pipeline: PipelineParts) -> Tokenizer:
+    """Reads the tokenizer of the loss's CLIP: without files of its own, the pipeline's first one."""
+    own = (clip.directory / "tokenizer_config.json").is_file()
+    directory = clip.directory if own else pipeline.component_dir("tokenizer")
+    return load_fitting(directory, clip.config.text_config)
 
 
 def _published_parts(config: ConfigDict) -> Parts:

@@ -131,8 +131,8 @@ def default_config() -> ConfigDict:
 
     config.vsd = ConfigDict()
     config.vsd.weight = 1.0  # of the VSD loss in the student's objective
-    config.vsd.guidance = 4.5  # classifier-free guidance of the teacher
-    config.vsd.score_guidance = 4.5  # and of the score model; at 1 it costs one forward less
+    config.vsd.guidance = 4.5  # classifier-free guidance of the teacher; 1 or less is none
+    config.vsd.score_guidance = 4.5  # and of the score model; without it costs one forward less
     config.vsd.weighting = "sbv2"  # "sbv2": s_t^2; "dmd": by the teacher's own error, in x0
     config.vsd.t_min = 20  # times are drawn from t_min to t_max, both included
     config.vsd.t_max = 980

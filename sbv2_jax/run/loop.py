@@ -19,7 +19,7 @@ from sbv2_jax.devices.sharding import Layout, batch_sharding
 from sbv2_jax.distill.steps import Batch
 from sbv2_jax.distill.train_step import TrainStep
 from sbv2_jax.errors import InputError
-from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair, load_tokenizer
+from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
 from sbv2_jax.run.arrays import load_frozen, load_state, read_start
 from sbv2_jax.run.build import Run, assemble
 from sbv2_jax.run.compilation import compile_step, lay_out
@@ -134,7 +134,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     for pattern, leaves in layout.matches().items():
         logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)
     source = open_prompts(config.prompts)
-    tokenizers = load_tokenizers(run)
+    tokenizers = (run.parts.tokenizer, run.parts.clip_tokenizer)
     prompt_batches(source, config.batch_size, config.seed)  # too few prompts are an error here
     if jax.process_index() == 0 and (cut := describe_cut(source, tokenizers[0])):
         logging.warning(cut)
@@ -152,34 +152,6 @@ def compiled(config: ConfigDict, run: Run, layout: Layout) -> TrainStep:
         count = len(programs.compiled())
         print(f"compiled the step, {count} program(s), in {time.monotonic() - begin:.1f} s", flush=True)
     return step
-
-
-def load_tokenizers(run: Run) -> tuple[Tokenizer | TokenizerPair, Tokenizer | None]:
-    """Loads the tokenizers of the text encoder, SDXL's two as one, and of the loss's CLIP.
-
-    The CLIP may share the pipeline's first one. Raises InputError where a tokenizer does not fit its network.
-    """
-    pipeline, clip = run.parts.pipeline / "tokenizer", run.parts.clip
-    found = []
-    for name, part in run.parts.text_encoders.items():
-        directory = pipeline.with_name(name.replace("text_encoder", "tokenizer"))
-        found.append(load_tokenizer(directory))
-        _require_fit(found[-1], part.config, directory)
-    text = found[0] if len(found) == 1 else TokenizerPair(*found)
-    if clip is None:
-        return text, None
-    own = (clip.directory / "tokenizer_config.json").is_file()
-    directory = clip.directory if own else pipeline
-    tokenizer = load_tokenizer(directory)
-    _require_fit(tokenizer, clip.config.text_config, directory)
-    return text, tokenizer
-
-
-def _require_fit(tokenizer: Tokenizer, config, directory: Path) -> None:
-    have = (tokenizer.max_length, tokenizer.vocab_size)
-    want = (config.max_position_embeddings, config.vocab_size)
-    if have != want:
-        raise InputError(f"{directory}: (length, vocabulary) is {have}; its text encoder has {want}")
 
 
 def next_batch(

@@ -69,7 +69,7 @@ def test_vsd_direction_equals_pytorch(direction_inputs, rng, prediction, weighti
 
 
 @pytest.mark.parametrize(
-    ("guidance", "score_guidance", "passes"), [(4.5, 4.5, 4), (4.5, 1.0, 3), (1.0, 4.5, 3), (1.0, 1.0, 2)]
+    ("guidance", "score_guidance", "passes"), [(4.5, 4.5, 4), (4.5, 0.0, 3), (0.5, 4.5, 3), (1.0, 1.0, 2)]
 )
 def test_a_guidance_of_one_costs_no_unconditional_forward(direction_inputs, guidance, score_guidance, passes):
     """Counted where the UNet begins: the rows that its first convolution is given."""

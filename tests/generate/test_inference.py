@@ -52,6 +52,22 @@ def test_teacher_pictures_equal_the_pipeline_of_diffusers(ours, directory, rng, 
     assert np.abs(got / 255.0 - want).max() < 2 / 255
 
 
+@pytest.mark.parametrize("guidance", [0, 0.5, -2.0, 1.0])
+def test_a_guidance_of_one_or_less_is_none_as_in_diffusers(ours, directory, rng, guidance):
+    noise = rng.standard_normal((2, 8, 8, 4), np.float32)
+    theirs = TorchPipeline.from_pretrained(directory)
+    theirs.set_progress_bar_config(disable=True)
+    want = theirs(
+        PROMPTS, latents=nchw(noise), num_inference_steps=4, guidance_scale=guidance, output_type="np"
+    ).images
+    got = ours(PROMPTS, noise=noise, steps=4, guidance=guidance, sampler="ddim")
+    assert np.abs(got / 255.0 - want).max() < 2 / 255
+    unprompted = theirs(
+        ["", ""], latents=nchw(noise), num_inference_steps=4, guidance_scale=1.0, output_type="np"
+    ).images
+    assert np.abs(unprompted - want).max() > 10 / 255  # what the formula would give for 0
+
+
 def test_one_step_is_the_x0_that_diffusers_predicts(ours, directory, rng):
     noise = rng.standard_normal((2, 8, 8, 4), np.float32)
     theirs = TorchPipeline.from_pretrained(directory)
@@ -120,6 +136,14 @@ def test_generate_is_pure_and_differentiable(ours, rng):
         ({"prompts": ["dog"], "noise": np.ones((1, 8, 8, 4), np.float64)}, "float64"),
         ({"prompts": ["dog"], "noise": np.full((1, 8, 8, 4), np.nan, np.float32)}, "finite"),
         ({"prompts": ["dog"], "steps": 2, "sampler": "euler"}, "euler"),
+        ({"prompts": ["dog"], "steps": 0}, "steps=0: a whole number >= 1"),
+        ({"prompts": ["dog"], "steps": 4.0}, r"steps=4\.0: a whole number"),
+        ({"prompts": ["dog"], "steps": True}, "steps=True: a whole number"),
+        ({"prompts": ["dog"], "seed": -1}, "seed=-1: a whole number from 0 to 4294967295"),
+        ({"prompts": ["dog"], "seed": 2**32}, "seed=4294967296: a whole number"),
+        ({"prompts": ["dog"], "guidance": float("nan")}, "guidance=nan: a finite number"),
+        ({"prompts": ["dog"], "guidance": float("inf")}, "guidance=inf: a finite number"),
+        ({"prompts": ["dog"], "guidance": None}, "guidance=None: a finite number"),
     ],
 )
 def test_bad_calls_are_one_clear_line(ours, call, message):

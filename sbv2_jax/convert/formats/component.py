@@ -14,6 +14,7 @@ import numpy as np
 
 from sbv2_jax.convert.formats import orbax_files
 from sbv2_jax.convert.formats.files import existing_directory, file_of, new_directory, read_json, write_json
+from sbv2_jax.convert.formats.finite import is_finite, refuse_not_finite
 from sbv2_jax.convert.formats.legacy import current_names, current_shape
 from sbv2_jax.convert.formats.names import to_ours, to_torch, torch_name, torch_names
 from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo
@@ -67,23 +68,28 @@ def load_component(
     The parameters keep the file's types unless `dtype` (float32, bfloat16 or float16) is asked for; where no
     cast is needed those of safetensors are read-only views of the file. All checks come before the first tensor
     is read. Raises InputError that lists every missing and unexpected name, every wrong shape and type, in the
-    names of the files; also for a value that `dtype` cannot hold. `variant` is explained at
-    `weights.open_weights`.
+    names of the files; also for values that are NaN or infinite, and for one that `dtype` cannot hold. `variant` is
+    explained at `weights.open_weights`.
     """
     directory = existing_directory(directory)
     dtype = None if dtype is None else _format_name(dtype)
     config = load_config(directory)
     if variant is None and orbax_files.has_params(directory):
         stored = orbax_files.read_params(directory, network(config).shapes)
+        refuse_not_finite([name for name in stored if not is_finite(stored[name])], str(directory))
         return Component(config, {name: _cast(name, stored[name], dtype) for name in sorted(stored)})
     weights = open_weights(directory, _stem(config), variant=variant)
     ours = _match(class_of(config), weights, network(config).shapes, str(directory))
     # What is cast is read and let go; the rest stays where it is, in the file.
     mapped = all(dtype in (None, weights.infos[name].dtype) for name in ours)
-    params = {}
+    params, wrong = {}, []
     for name, array in weights.read(ours.keys(), mapped=mapped):
+        if not is_finite(array):
+            wrong.append(name)
+            continue
         array = array.reshape(current_shape(class_of(config), name, array.shape))
         params[ours[name]] = _cast(ours[name], to_ours(ours[name], array), dtype)
+    refuse_not_finite(wrong, str(directory))
     return Component(config, {name: params[name] for name in sorted(params)})
 
 
@@ -150,9 +156,12 @@ def write_component(
     """Writes the files of `save_component`, or with `orbax` an Orbax checkpoint, into a directory that exists.
 
     The config.json of a transformers network says the `dtype` of its weights, since transformers loads them in
-    what it says; `declared` is said in place of it. Raises InputError as `save_component` does; not atomic.
+    what it says; `declared` is said in place of it. Raises InputError as `save_component`
+    does, and for values that are NaN or infinite; not atomic.
     """
     require_same(params, network(config).shapes, "the parameters given", class_of(config))
+    wrong = [torch_name(name) for name, leaf in params.items() if not is_finite(np.asarray(leaf))]
+    refuse_not_finite(wrong, f"the {class_of(config)} to be written")
     dtype = None if dtype is None else _format_name(dtype)
     values = config.to_dict()
     if not config.CLASS_NAME:

@@ -31,7 +31,7 @@ from sbv2_jax.errors import InputError
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import class_of
-from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair, load_tokenizer
+from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair, load_fitting
 
 # Networks that training needs and diffusers' pipeline does not know: folders beside the others.
 _EXTRAS = {"vae_tiny": ("AutoencoderTiny",), "clip": ("CLIPModel",)}
@@ -98,7 +98,10 @@ class PipelineParts:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | TokenizerPair:
-        found = [load_tokenizer(self.component_dir(name)) for name in self.family.tokenizers]
+        found = [
+            load_fitting(self.component_dir(name), self.configs[name.replace("tokenizer", "text_encoder")])
+            for name in self.family.tokenizers
+        ]
         return found[0] if len(found) == 1 else TokenizerPair(*found)
 
 
@@ -131,7 +134,7 @@ def load_pipeline(path: str | Path, *, dtype: Any | None = None) -> PipelinePart
 
     The networks keep their files' types unless `dtype` is asked for.
     Raises InputError for a pipeline of another class, a missing part, a part of an unsupported class or
-    configuration, and parts that do not fit each other.
+    configuration, and parts that do not fit each other, its tokenizers included.
     """
     directory = resolve(path)
     index_path = file_of(directory, "model_index.json")
@@ -148,10 +151,8 @@ def load_pipeline(path: str | Path, *, dtype: Any | None = None) -> PipelinePart
             raise InputError(
                 f"{directory / name} is a {class_of(configs[name])}, but {index_path} says {index[name][1]}"
             )
-    for name in family.tokenizers:
-        component_dir(directory, name)
     check_fit(family, configs, str(directory))
-    return PipelineParts(
+    parts = PipelineParts(
         directory=directory,
         dtype=dtype,
         configs=configs,
@@ -160,6 +161,10 @@ def load_pipeline(path: str | Path, *, dtype: Any | None = None) -> PipelinePart
         family=family,
         zero_null=zero_null(family, index),
     )
+    _ = (
+        parts.tokenizer
+    )  # read, to be checked: whatever is done with a pipeline, pictures are to be drawn with it
+    return parts
 
 
 def read_schedule(directory: str | Path) -> ScheduleConfig:

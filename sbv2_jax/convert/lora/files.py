@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sbv2_jax.convert.formats.files import new_file, parse_json
+from sbv2_jax.convert.formats.finite import is_finite, refuse_not_finite
 from sbv2_jax.convert.formats.names import to_ours, to_torch
 from sbv2_jax.convert.formats.safetensors_io import DTYPES, read_header, read_tensors
 from sbv2_jax.convert.lora.kohya import diffusers_names
@@ -180,6 +181,7 @@ def _read_tensors(
         raise InputError(f"{path} is not a whole LoRA: it is empty")
     for factors, alphas in found.values():
         _require_pairs(path, factors, alphas)
+        refuse_not_finite([name for name in factors if not is_finite(factors[name])], str(path))
     return found
 
 
