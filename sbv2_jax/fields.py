@@ -1,6 +1,7 @@
-"""What a config field may hold, checked by small functions, and the loading of config files.
+"""A config field, declared once: its default, what it may hold, and a line that explains it; loading config files.
 
-Shared by every configuration of the project; imports neither jax nor a model.
+From a table of declarations come the ConfigDict (`build`), its checks (`check_fields`), the text of --help
+(`as_text`) and the pages of docs (`as_table`). Shared by every configuration; imports neither jax nor a model.
 """
 
 import difflib
@@ -9,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -19,13 +20,57 @@ from sbv2_jax.errors import InputError
 Check = Callable[[Any], str | None]
 
 
+class Field(NamedTuple):
+    """A field: its default, what it may hold, and a line that says what it does (units, special values)."""
+
+    default: Any
+    check: Check
+    help: str
+
+    @property
+    def expected(self) -> str:
+        """What the value must be, in words."""
+        return self.check(_NOTHING)
+
+
+_NOTHING = object()  # no check accepts it
+
+
+def build(declared: Mapping[str, Field]) -> ConfigDict:
+    """Returns the ConfigDict of declared fields, named "group.field", with their defaults; locked."""
+    config = ConfigDict()
+    for name, field in declared.items():
+        *groups, leaf = name.split(".")
+        group = config
+        for one in groups:
+            if one not in group:
+                group[one] = ConfigDict()
+            group = group[one]
+        group[leaf] = field.default
+    return config.lock()
+
+
+def as_text(declared: Mapping[str, Field]) -> str:
+    """Returns what --help says of the fields, two lines each."""
+    return "\n".join(f"  {name} = {field.default!r}\n    {field.help}" for name, field in declared.items())
+
+
+def as_table(declared: Mapping[str, Field]) -> str:
+    """Returns the fields as a Markdown table."""
+    lines = ["| field | default | what it may be | what it does |", "|---|---|---|---|"]
+    for name, field in declared.items():
+        cells = (f"`{name}`", f"`{field.default!r}`", field.expected, field.help)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def load(spec: str) -> ConfigDict:
     """Returns what the `get_config` of a config file gives, locked; `spec` is FILE.py or FILE.py:ARGUMENT.
 
     Raises InputError for a missing file, one that does not run, and an argument that it refuses.
     """
     name, _, argument = spec.partition(":")
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"no config file {name!r} (a .py file is expected)")
     module_spec = importlib.util.spec_from_file_location("config_file", path)
@@ -60,18 +105,17 @@ def field_names(config: Mapping, prefix: str = "") -> list[str]:
     return names
 
 
-def check_fields(config: ConfigDict, fields: Mapping[str, Check]) -> None:
+def check_fields(config: ConfigDict, declared: Mapping[str, Field]) -> None:
     """Raises InputError for the first field that is unknown, missing or fails its check."""
     names = field_names(config)
     for name in names:
-        if name not in fields:
-            raise InputError(f"unknown field config.{name}{nearest(name, fields)}")
-    for name, check in fields.items():
+        if name not in declared:
+            raise InputError(f"unknown field config.{name}{nearest(name, declared)}")
+    for name, field in declared.items():
         if name not in names:
             raise InputError(f"config.{name} is missing")
-        value = _get(config, name)
-        expected = check(value)
-        if expected:
+        value = value_of(config, name)
+        if expected := field.check(value):
             raise InputError(f"config.{name} must be {expected}, not {value!r}")
 
 
@@ -84,7 +128,8 @@ def nearest(name: str, known: Iterable[str], prefix: str = "config.") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _get(config: ConfigDict, name: str) -> Any:
+def value_of(config: Mapping, name: str) -> Any:
+    """Returns the value of a field by its dotted name."""
     for part in name.split("."):
         config = config[part]
     return config
@@ -101,9 +146,9 @@ def whole(low: int, high: int | None = None) -> Check:
     return check
 
 
-def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Check:
+def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False) -> Check:
     """A finite number from `low` to `high`; `above` and `below` leave out the ends."""
-    text = f"a finite number {'>' if above else '>='} {low:g}"
+    text = f"a finite number {'>' if above else '>='} {low:g}" if low > -math.inf else "a finite number"
     text += f" and {'<' if below else '<='} {high:g}" if high < math.inf else ""
 
     def check(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""The strict configuration of a distillation run: defaults, what each field may hold, and what must agree.
+"""The strict configuration of a distillation run: its defaults, its checks, and what must agree.
 
 Nothing here imports jax: a bad field is an error before any device is touched.
 """
@@ -9,178 +9,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sbv2_jax.errors import InputError
-from sbv2_jax.fields import (
-    Check,
-    check_fields,
-    either,
-    number,
-    one_of,
-    regex,
-    rules,
-    strings,
-    text,
-    whole,
-    words,
-)
+from sbv2_jax.fields import build, check_fields, words
+from sbv2_jax.run.config_fields import FIELDS
 
 # Fields that a resumed run may change freely: they alter no number of a step by more than rounding.
 _MAY_CHANGE = ("checkpoint", "sample", "mesh", "remat", "attention", "programs", "student.lora.init")
 
-# Which leaves are split over which axes: see `config.mesh.rules` and `sharding.py`.
-DEFAULT_RULES = (
-    (r"(.*\.)?(step|key|count)", "replicate"),
-    (r".*", "fsdp"),
-)
-
-
-FIELDS: dict[str, Check] = {
-    "steps": whole(1),
-    "batch_size": whole(1),
-    "accumulate": whole(1),
-    "seed": whole(0, 2**32 - 1),
-    "teacher": text(),
-    "architecture": text(empty=True),
-    "resolution": whole(0),
-    "prompts": text(),
-    "student.init": text(),
-    "student.mode": one_of("full", "lora"),
-    "student.lr": number(0, above=True),
-    "student.lora.rank": whole(1),
-    "student.lora.alpha": number(0, above=True),
-    "student.lora.targets": regex,
-    "student.lora.init": text(empty=True),
-    "score.lr": number(0, above=True),
-    "score.rank": whole(1),
-    "score.alpha": number(0, above=True),
-    "score.targets": regex,
-    "score.updates_per_step": whole(1),
-    "score.null_prompt_probability": number(0, 1),
-    "vsd.weight": number(0),
-    "vsd.guidance": number(0),
-    "vsd.score_guidance": number(0),
-    "vsd.weighting": one_of("sbv2", "dmd"),
-    "vsd.t_min": whole(0),
-    "vsd.t_max": whole(1, 999),
-    "clip.model": text(empty=True),
-    "clip.decoder": text(),
-    "clip.passes": whole(1),
-    "clip.weight": number(0),
-    "clip.tau": number(-1, 1),
-    "ema": number(0, 1, below=True),
-    "optimizer.b1": number(0, 1, below=True),
-    "optimizer.b2": number(0, 1, below=True),
-    "optimizer.eps": number(0, above=True),
-    "optimizer.mu_dtype": one_of("float32", "bfloat16"),
-    "optimizer.weight_decay": number(0),
-    "optimizer.clip_norm": number(0),
-    "optimizer.schedule": one_of("constant", "cosine"),
-    "optimizer.warmup": whole(0),
-    "mesh.replica": whole(1),
-    "mesh.data": either(-1, whole(1)),
-    "mesh.fsdp": either(-1, whole(1)),
-    "mesh.rules": rules,
-    "precision": one_of("float32", "bfloat16"),
-    "remat": one_of("none", "block", "auto"),
-    "attention": one_of("auto", "xla"),
-    "programs": one_of("one", "stages"),
-    "checkpoint.every": whole(1),
-    "checkpoint.keep": whole(1),
-    "sample.every": whole(0),
-    "sample.prompts": strings,
-}
-
 
 def default_config() -> ConfigDict:
-    """Returns the paper's full training, locked; what the paper leaves open is said by a config file.
-
-    Source: SwiftBrush v2 (Dao et al., 2024) and SwiftBrush's published training command.
-    """
-    config = ConfigDict()
-    config.steps = 20_000  # updates of the student
-    config.batch_size = 64  # images of one update, over all devices and accumulation
-    config.accumulate = 1  # gradient accumulation: passes that one update is split into
-    config.seed = 0  # of the weights, noise, times and the order of the prompts
-    config.teacher = "bundled"  # a diffusers directory, a hub id, or "bundled" (the OpenMoji pipeline)
-    config.architecture = (
-        ""  # "sd15", "sd21-base", "sd21", "sdxl": what the teacher must be; sizes a dry run without it
-    )
-    config.resolution = 0  # pixels a side; 0 is what the teacher's UNet was made for
-    config.prompts = (
-        "openmoji"  # a text file, one prompt a line; a TFDS/array_record directory; or "openmoji"
-    )
-
-    config.student = ConfigDict()
-    config.student.init = "teacher"  # "teacher", or where its UNet comes from (as for teacher; SD-Turbo)
-    config.student.mode = "full"  # "full" trains every weight, "lora" trains low-rank updates of some
-    config.student.lr = 1e-6
-    config.student.lora = ConfigDict()  # read in "lora" mode
-    config.student.lora.rank = 256
-    config.student.lora.alpha = 512.0  # the update is scaled by alpha / rank
-    config.student.lora.targets = r".*\.attn[12]\.to_(q|k|v|out\.0)"  # full match on the module's path
-    config.student.lora.init = (
-        ""  # a LoRA file to start from: the same layers, rank and alpha; "" starts anew
-    )
-
-    config.score = ConfigDict()  # the LoRA on the teacher that follows the student's distribution
-    config.score.lr = 1e-3
-    config.score.rank = 64
-    config.score.alpha = 108.0
-    config.score.targets = r".*\.attn[12]\.to_(q|v)"
-    config.score.updates_per_step = 1  # score updates for one student update (DMD2 takes 5 to 10)
-    config.score.null_prompt_probability = 0.1  # a sample trains the unconditional score this often
-
-    config.vsd = ConfigDict()
-    config.vsd.weight = 1.0  # of the VSD loss in the student's objective
-    config.vsd.guidance = 4.5  # classifier-free guidance of the teacher; 1 or less is none
-    config.vsd.score_guidance = 4.5  # and of the score model; without it costs one forward less
-    config.vsd.weighting = "sbv2"  # "sbv2": s_t^2; "dmd": by the teacher's own error, in x0
-    config.vsd.t_min = 20  # times are drawn from t_min to t_max, both included
-    config.vsd.t_max = 980
-
-    config.clip = ConfigDict()
-    config.clip.model = ""  # a CLIP directory, a hub id, "bundled", or "" for no CLIP loss
-    config.clip.decoder = (
-        "vae_tiny"  # "vae_tiny" or "vae" of the teacher, or an AutoencoderTiny directory or hub id
-    )
-    config.clip.passes = 1  # parts of a batch that go through decoder and CLIP one after the other
-    config.clip.weight = 0.0  # at the first step; falls linearly to 0 over the run
-    config.clip.tau = 0.35  # a sample whose image and text agree by more than this adds nothing
-
-    config.ema = 0.999  # decay of the averaged student; 0 keeps none
-
-    config.optimizer = ConfigDict()  # AdamW, for the student and for the score model
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.mu_dtype = "float32"  # of the stored first moment; "bfloat16" saves 2 bytes a weight
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.clip_norm = 1.0  # of the global gradient norm; 0 does not clip
-    config.optimizer.schedule = "constant"  # "constant" or "cosine" (to 0 at the last step)
-    config.optimizer.warmup = 0  # steps over which the learning rates rise linearly from 0
-
-    config.mesh = ConfigDict()
-    config.mesh.replica = 1  # TPU slices, or machines that a slow network joins; they share out the batch
-    config.mesh.data = -1  # devices that share out the batch; -1 is all that the others leave
-    config.mesh.fsdp = 1  # devices that share out the batch and the weights; -1 is as few as memory allows
-    # (regular expression, strategy) for the names of all leaves, such as "state.student.conv_in.kernel" and
-    # "frozen.teacher.conv_in.kernel"; the first full match wins. A strategy is "replicate", or the axes,
-    # joined by "+", over which a leaf's largest dimension is split.
-    config.mesh.rules = DEFAULT_RULES
-    config.precision = "float32"  # of the networks' arithmetic: "float32" or "bfloat16"; masters stay float32
-    config.attention = "auto"  # TPU's splash kernel, cuDNN's on a GPU, else XLA; "xla" is XLA everywhere
-    config.programs = "one"  # "stages" compiles the step in parts: in less memory, and side by side
-    config.remat = (
-        "none"  # "block" computes each block again in the backward pass; "auto" where memory asks for it
-    )
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 500  # steps between checkpoints
-    config.checkpoint.keep = 3  # how many of the newest to keep
-
-    config.sample = ConfigDict()
-    config.sample.every = 500  # steps between sample images; 0 draws none
-    config.sample.prompts = ("a red apple on a blue background", "a smiling cat")
-    return config.lock()
+    """Returns the paper's full training, locked; what the paper leaves open is said by a config file."""
+    return build(FIELDS)
 
 
 def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict:

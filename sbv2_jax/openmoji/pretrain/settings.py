@@ -1,4 +1,4 @@
-"""The configuration of a pre-training: defaults for the OpenMoji world, and what each field may hold.
+"""The configuration of a pre-training: each field declared once, with its default for the OpenMoji world.
 
 Nothing here imports jax: a bad field is an error before any device is touched.
 """
@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sbv2_jax.errors import InputError
-from sbv2_jax.fields import Check, check_fields, number, whole
+from sbv2_jax.fields import Field, build, check_fields, number, whole
 
 STAGES = ("vae", "vae_tiny", "text_encoder", "clip", "unet")
 
@@ -18,130 +18,116 @@ def _widths(value: Any) -> str | None:
     return None if right else "a tuple of whole numbers >= 1"
 
 
-_TRAINING: dict[str, Check] = {
-    "steps": whole(1),
-    "batch_size": whole(1),
-    "lr": number(0, above=True),
-    "warmup": whole(1),
-    "weight_decay": number(0),
-    "ema": number(0, 1, below=True),
-    "checkpoint_every": whole(1),
+def _training(
+    *, steps: int, batch_size: int, lr: float, ema: float = 0.998, weight_decay: float = 0.0
+) -> dict[str, Field]:
+    """The fields of the training of every stage."""
+    return {
+        "steps": Field(steps, whole(1), "Updates."),
+        "batch_size": Field(batch_size, whole(1), "Pictures of one update."),
+        "lr": Field(lr, number(0, above=True), "Learning rate of Adam, between warm-up and cooldown."),
+        "warmup": Field(100, whole(1), "Steps over which the learning rate rises from 0."),
+        "weight_decay": Field(weight_decay, number(0), "Weight decay, of the kernels."),
+        "ema": Field(ema, number(0, 1, below=True), "Decay of the averaged weights, which are the result."),
+        "checkpoint_every": Field(250, whole(1), "Steps between checkpoints and pictures."),
+    }
+
+
+def _tower(name: str, width: int, layers: int, heads: int) -> dict[str, Field]:
+    return {
+        f"{name}_width": Field(width, whole(1), f"Width of the {name} tower."),
+        f"{name}_layers": Field(layers, whole(1), f"Transformer layers of the {name} tower."),
+        f"{name}_heads": Field(heads, whole(1), f"Attention heads of the {name} tower."),
+    }
+
+
+def _clip(*, patch: int, projection: int, twins: int) -> dict[str, Field]:
+    return {
+        "patch": Field(patch, whole(1), "Pixels a side of a patch that the vision tower takes as one token."),
+        "projection": Field(projection, whole(1), "Numbers of an embedding that pictures and texts share."),
+        "twins": Field(
+            twins,
+            whole(1),
+            "Pictures of one drawing in a batch, which only background, size and place tell apart.",
+        ),
+    }
+
+
+def _edges() -> Field:
+    return Field(0.5, number(0), "Weight of the differences between neighbours, beside the pixels'.")
+
+
+_VAE = _training(steps=2000, batch_size=8, lr=3e-3) | {
+    # Stable Diffusion's 4 channels hold a drawing of 64 px in 256 numbers: its lines blur, small things vanish.
+    "channels": Field(8, whole(1), "Channels of the latents."),
+    "widths": Field((16, 32, 64, 128), _widths, "Channels at each resolution, from the pixels down."),
+    "layers": Field(1, whole(1), "Residual blocks at each resolution."),
+    "groups": Field(8, whole(1), "Groups of the norms; they divide every width."),
+    "kl": Field(3e-4, number(0), "Weight of the mean KL divergence of a latent from the standard normal."),
+    "edges": _edges(),
 }
-_CLIP: dict[str, Check] = {
+_VAE_TINY = _training(steps=2000, batch_size=8, lr=3e-3) | {
+    "width": Field(16, whole(1), "Channels everywhere."),
+    "encoder_blocks": Field((1, 1, 1, 1), _widths, "Blocks of the encoder at each resolution."),
+    "decoder_blocks": Field((2, 2, 2, 1), _widths, "Blocks of the decoder at each resolution."),
+    "edges": _edges(),
+}
+# The CLIP whose text tower conditions the UNet, and is trained on with it; the other is for the clamped loss.
+_TEXT_ENCODER = (
+    _training(steps=800, batch_size=64, lr=1e-3, weight_decay=0.05)
+    | _tower("text", 160, 4, 4)
+    | _tower("vision", 192, 4, 4)
+    | _clip(patch=16, projection=128, twins=2)
+)
+_CLIP = (
+    _training(steps=600, batch_size=96, lr=1e-3, weight_decay=0.05)
+    | _tower("text", 128, 3, 2)
+    | _tower("vision", 128, 4, 4)
+    | _clip(patch=8, projection=96, twins=4)
+)
+_UNET = _training(steps=5000, batch_size=64, lr=1.5e-3, ema=0.999) | {
+    "widths": Field((96, 160), _widths, "Channels at each resolution, from the latents down."),
+    "layers": Field(1, whole(1), "Blocks at each resolution."),
+    "heads": Field(4, whole(1), "Attention heads."),
+    "groups": Field(16, whole(1), "Groups of the norms; they divide every width."),
+    "caption_dropout": Field(
+        0.1, number(0, 1, below=True), "How often a picture is trained without its caption."
+    ),
+    "snr_limit": Field(5.0, number(0, above=True), "Gamma of min-SNR weighting."),
+    "guidance": Field(3.0, number(0), "Classifier-free guidance of the sample grids."),
+    "sample_steps": Field(25, whole(1, 1000), "Steps of the sample grids."),
+}
+
+# Sized for a CPU with two cores.
+FIELDS: dict[str, Field] = {
+    "seed": Field(0, whole(0, 2**32 - 1), "Of the pictures, the weights and every draw."),
+    "pictures": Field(40_000, whole(1), "Pictures that are drawn once and read by every stage."),
+    "phrasings": Field(4, whole(1), "Captions of one picture, of which a step draws one."),
+    "cooldown": Field(
+        0.2, number(0, 1), "Share of the steps, at the end, over which a learning rate falls to 0."
+    ),
+    "clip_norm": Field(
+        1.0, number(0, above=True), "Largest global norm of a gradient, which is scaled down to it."
+    ),
+    "log_every": Field(10, whole(1), "Steps between lines of metrics.jsonl; a line holds their mean."),
+    "keep": Field(2, whole(1), "Checkpoints kept of each stage."),
+    "tokenizer.vocab_size": Field(
+        2048, whole(514), "Tokens: bytes, their word ends, merges, and the two special ones."
+    ),
+    "tokenizer.max_length": Field(
+        24, whole(3, 77), "Tokens of a prompt, start and end included; no caption has more."
+    ),
     **{
-        f"{tower}_{field}": whole(1) for tower in ("text", "vision") for field in ("width", "layers", "heads")
+        f"{stage}.{name}": field
+        for stage, declared in zip(STAGES, (_VAE, _VAE_TINY, _TEXT_ENCODER, _CLIP, _UNET), strict=True)
+        for name, field in declared.items()
     },
-    "patch": whole(1),
-    "projection": whole(1),
-    "twins": whole(1),
-}
-_MODEL: dict[str, dict[str, Check]] = {
-    "vae": {
-        "channels": whole(1),
-        "widths": _widths,
-        "layers": whole(1),
-        "groups": whole(1),
-        "kl": number(0),
-        "edges": number(0),
-    },
-    "vae_tiny": {"width": whole(1), "encoder_blocks": _widths, "decoder_blocks": _widths, "edges": number(0)},
-    "text_encoder": _CLIP,
-    "clip": _CLIP,
-    "unet": {
-        "widths": _widths,
-        "layers": whole(1),
-        "heads": whole(1),
-        "groups": whole(1),
-        "caption_dropout": number(0, 1, below=True),
-        "snr_limit": number(0, above=True),
-        "guidance": number(0),
-        "sample_steps": whole(1, 1000),
-    },
-}
-FIELDS: dict[str, Check] = {
-    "seed": whole(0, 2**32 - 1),
-    "pictures": whole(1),
-    "phrasings": whole(1),
-    "cooldown": number(0, 1),
-    "clip_norm": number(0, above=True),
-    "log_every": whole(1),
-    "keep": whole(1),
-    "tokenizer.vocab_size": whole(514),
-    "tokenizer.max_length": whole(3, 77),
-    **{f"{stage}.{name}": check for stage in STAGES for name, check in (_TRAINING | _MODEL[stage]).items()},
 }
 
 
 def default_config() -> ConfigDict:
-    """Returns the pre-training of the bundled pipeline, locked; sized for a CPU with two cores."""
-    config = ConfigDict()
-    config.seed = 0  # of the pictures, the weights and every draw
-    config.pictures = 40_000  # drawn once, read by every stage
-    config.phrasings = 4  # captions of one picture, of which a step draws one
-    config.cooldown = 0.2  # the share of the steps, at the end, over which a learning rate falls to 0
-    config.clip_norm = 1.0  # of the global gradient norm
-    config.log_every = 10  # steps between lines of metrics.jsonl; a line holds their mean
-    config.keep = 2  # checkpoints of each stage
-
-    config.tokenizer = ConfigDict()
-    config.tokenizer.vocab_size = 2048  # bytes, their word ends, merges, and the two special tokens
-    config.tokenizer.max_length = 24  # tokens of a prompt, start and end included; no caption has more
-
-    config.vae = _training(steps=2000, batch_size=8, lr=3e-3, ema=0.998)
-    # Stable Diffusion's 4 channels hold a drawing of 64 px in 256 numbers: its lines blur, small things vanish.
-    config.vae.channels = 8
-    config.vae.widths = (16, 32, 64, 128)
-    config.vae.layers = 1
-    config.vae.groups = 8
-    config.vae.kl = 3e-4  # weight of the mean KL divergence of a latent from the standard normal
-    config.vae.edges = 0.5  # weight of the differences between neighbours, beside the pixels'
-
-    config.vae_tiny = _training(steps=2000, batch_size=8, lr=3e-3, ema=0.998)
-    config.vae_tiny.width = 16
-    config.vae_tiny.encoder_blocks = (1, 1, 1, 1)
-    config.vae_tiny.decoder_blocks = (2, 2, 2, 1)
-    config.vae_tiny.edges = 0.5
-
-    # The CLIP whose text tower conditions the UNet, and is trained on with it; the other is for the clamped loss.
-    config.text_encoder = _training(steps=800, batch_size=64, lr=1e-3, ema=0.998, weight_decay=0.05)
-    config.text_encoder.update(text_width=160, text_layers=4, text_heads=4, projection=128, twins=2)
-    config.text_encoder.update(vision_width=192, vision_layers=4, vision_heads=4, patch=16)
-
-    config.clip = _training(steps=600, batch_size=96, lr=1e-3, ema=0.998, weight_decay=0.05)
-    config.clip.update(text_width=128, text_layers=3, text_heads=2, projection=96, twins=4)
-    config.clip.update(vision_width=128, vision_layers=4, vision_heads=4, patch=8)
-
-    config.unet = _training(steps=5000, batch_size=64, lr=1.5e-3, ema=0.999, checkpoint_every=250)
-    config.unet.widths = (96, 160)
-    config.unet.layers = 1
-    config.unet.heads = 4
-    config.unet.groups = 16
-    config.unet.caption_dropout = 0.1
-    config.unet.snr_limit = 5.0  # gamma of min-SNR weighting
-    config.unet.guidance = 3.0  # of the sample grids
-    config.unet.sample_steps = 25
-    return config.lock()
-
-
-def _training(
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    ema: float,
-    weight_decay: float = 0.0,
-    checkpoint_every: int = 250,
-) -> ConfigDict:
-    """Returns the fields that every trained stage has, unlocked."""
-    group = ConfigDict()
-    group.steps = steps
-    group.batch_size = batch_size
-    group.lr = lr
-    group.warmup = 100  # steps over which the learning rate rises from 0
-    group.weight_decay = weight_decay  # of the kernels
-    group.ema = ema  # decay of the averaged weights, which are the result
-    group.checkpoint_every = checkpoint_every  # steps between checkpoints and pictures
-    return group
+    """Returns the pre-training of the bundled pipeline, locked."""
+    return build(FIELDS)
 
 
 def shrink(config: ConfigDict) -> None:
