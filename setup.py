@@ -1,5 +1,6 @@
 """Package metadata of sbv2_jax."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -22,9 +23,12 @@ OPENMOJI = [
     "resvg-py>=0.5",
 ]
 
+# Read, not imported: nothing that the package needs is there before it is installed.
+VERSION = re.search(r'__version__ = "(.*)"', Path("sbv2_jax/__init__.py").read_text(encoding="utf-8"))[1]
+
 setup(
     name="sbv2_jax",
-    version="0.1.0",
+    version=VERSION,
     description="One-step text-to-image diffusion by SwiftBrush v2 distillation, in JAX",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

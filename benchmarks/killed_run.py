@@ -34,8 +34,8 @@ _CONFIG = flags.DEFINE_string("config", "configs/openmoji.py", "The run.")
 _SET = flags.DEFINE_multi_string(
     "set", [], "FIELD=VALUE of the configuration, as the undisturbed run had it."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run that is killed; it may have begun.")
-_UNDISTURBED = flags.DEFINE_string("undisturbed", None, "Directory of the same run, complete.")
+_WORKDIR = cli.define_path("workdir", "Directory of the run that is killed; it may have begun.")
+_UNDISTURBED = cli.define_path("undisturbed", "Directory of the same run, complete.")
 _KILLS = flags.DEFINE_integer("kills", 1, "How often it is killed.", lower_bound=1)
 _WITHIN = flags.DEFINE_float("within", 60.0, "Seconds after each start in which the moment lies.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")

@@ -36,7 +36,7 @@ _MODEL = flags.DEFINE_multi_string(
     "model", [], "A diffusers directory, 'bundled', or 'real'; may be repeated."
 )
 _SETTINGS = flags.DEFINE_list("settings", ["1:1"], "Settings STEPS:GUIDANCE.")
-_OUT = flags.DEFINE_string("out", None, "The file of lines of JSON to add to.")
+_OUT = cli.define_path("out", "The file of lines of JSON to add to.")
 _CLIP = flags.DEFINE_string("clip", "bundled", "The pipeline whose clip/ scores, or none: ''.")
 _COUNT = flags.DEFINE_integer("count", 2000, "Pictures of each side.", lower_bound=2)
 _KIND = flags.DEFINE_enum("kind", "seen", openmoji.PROMPT_KINDS, "Which prompts.")

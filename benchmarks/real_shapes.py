@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from sbv2_jax import cli
 from sbv2_jax.models.published import ARCHITECTURES, CLIP_VIT_B32, TINY_VAE
 
-_FOLDER = flags.DEFINE_string("folder", None, "Where the weights are written.", required=True)
+_FOLDER = cli.define_path("folder", "Where the weights are written.")
 _FAMILIES = flags.DEFINE_multi_string("family", [], "The networks to try; without it, all.")
 _DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "The type of the weights written.")
-_OUT = flags.DEFINE_string("out", None, "A .jsonl file that every family adds a line to.")
+_OUT = cli.define_path("out", "A .jsonl file that every family adds a line to.")
 
 BOUND = 1e-4
 REPEATS = 3
@@ -292,7 +293,7 @@ def try_family(name: str, folder: Path, dtype: str) -> dict[str, Any]:
     }
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     folder = Path(_FOLDER.value)
     folder.mkdir(parents=True, exist_ok=True)
     for name in _FAMILIES.value or FAMILIES:
@@ -304,4 +305,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, required=("folder",))

@@ -21,9 +21,9 @@ from absl import flags
 
 from sbv2_jax import cli
 
-_ROWS = flags.DEFINE_string("rows", None, "A .jsonl file of the rows, which is continued.")
+_ROWS = cli.define_path("rows", "A .jsonl file of the rows, which is continued.")
 _ONLY = flags.DEFINE_string("only", ".*", "A regular expression for the names of the rows to compile.")
-_WRITE = flags.DEFINE_string("write", None, "A .md file for the tables; nothing is compiled then.")
+_WRITE = cli.define_path("write", "A .md file for the tables; nothing is compiled then.")
 _ROW = flags.DEFINE_string("row", None, "Compiles this one row, here.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Programs compiled at a time.", lower_bound=1)
 

@@ -12,6 +12,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from sbv2_jax import cli
+from sbv2_jax.run.config_fields import FIELDS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: FILE.py or FILE.py:ARGUMENT.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -56,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "topology"))
+    cli.run(main, required=("config", "topology"), config_fields=FIELDS)

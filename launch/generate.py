@@ -3,44 +3,47 @@
 python launch/generate.py --model=runs/openmoji/export --prompt="a red apple on a blue background" --out=apple.png
 """
 
-from absl import flags
+from argparse import Namespace
 
 from sbv2_jax import cli
-from sbv2_jax.diffusion.samplers import SAMPLERS
+from sbv2_jax.cli import Flag, path
+from sbv2_jax.fields import number, one_of, text, whole
 
-_MODEL = flags.DEFINE_string("model", None, "A diffusers directory, a hub id, or 'bundled'.")
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file of prompts, one a line, instead.")
-_OUT = flags.DEFINE_string("out", None, "A .png file (several pictures become a grid), or a directory.")
-_NUM = flags.DEFINE_integer("num", 1, "Pictures for each prompt.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
-_NOISE = flags.DEFINE_string("noise", None, "A .npy file of float32 noise [B, h, w, 4], instead of a seed.")
-_STEPS = flags.DEFINE_integer("steps", 1, "Steps; more than one samples a teacher.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance; 1 or less is none.")
-_SAMPLER = flags.DEFINE_enum("sampler", "dpm", SAMPLERS, "The sampler of more than one step.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time.", lower_bound=1)
+FLAGS = (
+    Flag("model", "A diffusers directory, a hub id, or 'bundled'.", path, text(), required=True),
+    Flag("prompt", "A prompt; may be given several times.", several=True),
+    Flag("prompts", "A UTF-8 file of prompts, one a line, instead.", path, text()),
+    Flag("out", "A .png file (several pictures become a grid), or a directory.", path, text(), required=True),
+    Flag("num", "Pictures for each prompt.", int, whole(1), default=1),
+    Flag("seed", "Seed of the noise.", int, whole(0, 2**32 - 1), default=0),
+    Flag("noise", "A .npy file of float32 noise [B, h, w, 4], instead of a seed.", path, text()),
+    Flag("steps", "Steps; more than one samples a teacher.", int, whole(1), default=1),
+    Flag("guidance", "Classifier-free guidance; 1 or less is none.", float, number(), default=1.0),
+    Flag("sampler", "The sampler of more than one step, 'ddim' or 'dpm'.", str, one_of("ddim", "dpm"), "dpm"),
+    Flag("batch_size", "Pictures drawn at a time.", int, whole(1), default=16),
+)
 
 
-def main() -> None:
+def main(given: Namespace) -> None:
     # jax is loaded only once the flags are right
     from sbv2_jax.devices.cache import use_cache
     from sbv2_jax.generate.draw import draw
 
     use_cache()
     draw(
-        _MODEL.value,
-        _OUT.value,
-        prompts=_PROMPT.value,
-        prompts_file=_PROMPTS.value,
-        num=_NUM.value,
-        seed=_SEED.value,
-        noise_file=_NOISE.value,
-        steps=_STEPS.value,
-        guidance=_GUIDANCE.value,
-        sampler=_SAMPLER.value,
-        batch_size=_BATCH_SIZE.value,
+        given.model,
+        given.out,
+        prompts=given.prompt,
+        prompts_file=given.prompts,
+        num=given.num,
+        seed=given.seed,
+        noise_file=given.noise,
+        steps=given.steps,
+        guidance=given.guidance,
+        sampler=given.sampler,
+        batch_size=given.batch_size,
     )
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("model", "out"))
+    cli.run_flags(main, FLAGS, __doc__)

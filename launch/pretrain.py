@@ -10,10 +10,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from sbv2_jax import cli
-from sbv2_jax.openmoji.pretrain.settings import validate
+from sbv2_jax.openmoji.pretrain.settings import FIELDS, validate
 
 config_flags.DEFINE_config_file("config", help_string="a config file such as configs/openmoji_teacher.py")
-flags.DEFINE_string("workdir", None, "where checkpoints, logs, pictures and the pipeline go")
+cli.define_path("workdir", "where checkpoints, logs, pictures and the pipeline go")
 
 
 def main() -> None:
@@ -39,4 +39,4 @@ def _without_workdir(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=["config", "workdir"])
+    cli.run(main, required=("config", "workdir"), config_fields=FIELDS)

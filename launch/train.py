@@ -7,9 +7,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from sbv2_jax import cli
+from sbv2_jax.run.config_fields import FIELDS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: FILE.py or FILE.py:ARGUMENT.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics, pictures and the export.")
+_WORKDIR = cli.define_path("workdir", "Directory of checkpoints, metrics, pictures and the export.")
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what would be held where, and stop.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several processes.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.", lower_bound=1)
@@ -31,4 +32,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "workdir"))
+    cli.run(main, required=("config", "workdir"), config_fields=FIELDS)

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from sbv2_jax.generate.inference import Pipeline, generate, load
 
 __all__ = ["Pipeline", "generate", "load"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -146,7 +146,9 @@ def whole(low: int, high: int | None = None) -> Check:
     return check
 
 
-def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False) -> Check:
+def number(
+    low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Check:
     """A finite number from `low` to `high`; `above` and `below` leave out the ends."""
     text = f"a finite number {'>' if above else '>='} {low:g}" if low > -math.inf else "a finite number"
     text += f" and {'<' if below else '<='} {high:g}" if high < math.inf else ""

@@ -14,10 +14,10 @@ PARTIAL = ".partial"
 
 
 def mounted(directory: str | Path) -> Path:
-    """Returns the path of a directory; raises InputError for an address, such as that of a bucket."""
+    """Returns the path of a directory, `~` expanded; raises InputError for an address, such as that of a bucket."""
     if "://" in str(directory):
         raise InputError(f"{directory} is an address: give a directory of a mounted file system")
-    return Path(directory)
+    return Path(directory).expanduser()
 
 
 def open_directory(directory: Path) -> TextIO:

@@ -43,7 +43,7 @@ def open_prompts(path: str | os.PathLike, split: str = "train") -> PromptSource:
         from sbv2_jax.openmoji.world import Captions
 
         return Captions(int(world[1])) if world[1] else Captions()
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir() and (path / "dataset_info.json").is_file():
         return RecordPrompts(_tfds_files(path, split), _tfds_caption(path))
     if path.is_dir():

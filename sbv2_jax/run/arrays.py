@@ -1,6 +1,7 @@
 """The weights of a run: loaded onto their shardings, or made at step 0."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def read_start(run: Run, file: str) -> dict[str, np.ndarray]:
     another strength, alpha / rank, than the run's.
     """
     shapes, scale = run.state_shapes.student, run.objective.student_lora_scale
-    start = read_lora(file, layers=modules_of(shapes))
+    start = read_lora(Path(file).expanduser(), layers=modules_of(shapes))
     require_same(start.factors, shapes, file, "config.student.lora")
     if wrong := [
         f"{module} has {found:g}"

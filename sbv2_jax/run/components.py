@@ -82,7 +82,7 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
     A dry run without the teacher's directory takes the published shapes of `config.architecture`.
     Raises InputError for what is missing, unsupported, or not of that architecture.
     """
-    if dry_run and config.architecture and not Path(config.teacher).exists():
+    if dry_run and config.architecture and not Path(config.teacher).expanduser().exists():
         return _published_parts(config)
     pipeline = load_pipeline(config.teacher)
     teacher = _part(pipeline.component_dir("unet"))

@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,14 +11,13 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from conftest import relative_error
-from made_run import ROOT, STEP, Made, command, make_run
+from made_run import STEP, Made, command, make_run
 from safetensors.numpy import load_file, save_file
 from tiny_pipeline import write_pipeline
 
 import sbv2_jax
+from sbv2_jax import cli
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.convert import inspection as listing
 from sbv2_jax.convert.formats.component import load_component, save_component
@@ -27,6 +26,7 @@ from sbv2_jax.convert.lora.fuse import fuse
 from sbv2_jax.errors import InputError
 from sbv2_jax.models import lora
 from sbv2_jax.models.registry import network
+from sbv2_jax.run.conversions import COMMANDS
 from sbv2_jax.run.export import export_checkpoint, export_lora
 
 
@@ -50,23 +50,14 @@ def low(world) -> Made:
     return make_run(world, "low", **clip, **{"student.mode": "lora", "ema": 0.0})
 
 
-@pytest.fixture(scope="module")
-def convert():
-    """The script's main in this process: `convert(command, FLAG=value)`."""
-    before = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location("convert_script", ROOT / "launch" / "convert.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    flags.FLAGS.mark_as_parsed()
-
-    def call(command: str, **values: object) -> None:
-        with flagsaver.flagsaver(
-            **{name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-        ):
-            script.main(command)
-
-    yield call
-    flags.FLAGS.remove_flag_values({name: flags.FLAGS[name] for name in set(flags.FLAGS) - before})
+def convert(command: str, **values: object) -> None:
+    """Calls a subcommand in this process: `convert(command, FLAG=value)`, a list for a flag given several times."""
+    given = (
+        (name, one)
+        for name, value in values.items()
+        for one in (value if isinstance(value, list) else [value])
+    )
+    cli.call_command([command, *(f"--{name}={one}" for name, one in given)], COMMANDS, "")
 
 
 def same_tensors(ours: Path, theirs: Path) -> bool:
@@ -93,7 +84,7 @@ def test_student_and_average_are_told_apart(full, tmp_path):
         assert all(np.array_equal(got[name], trained[name]) for name in trained)
 
 
-def test_the_teacher_is_the_pipeline_that_the_run_used(convert, world, low, tmp_path, capsys):
+def test_the_teacher_is_the_pipeline_that_the_run_used(world, low, tmp_path, capsys):
     convert("to-diffusers", run=low.directory, which="teacher", out=tmp_path / "teacher")
     assert capsys.readouterr().out == f"wrote {tmp_path / 'teacher'} from step {STEP}\n"
     assert same_tensors(tmp_path / "teacher", world / "pipeline")
@@ -108,7 +99,7 @@ def test_the_teacher_is_the_pipeline_that_the_run_used(convert, world, low, tmp_
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
-def test_runs_are_merged_from_their_checkpoints_as_by_hand(convert, world, full, low, tmp_path, lam):
+def test_runs_are_merged_from_their_checkpoints_as_by_hand(world, full, low, tmp_path, lam):
     """The average of one run, the LoRA of the other on the teacher, the teacher's other parts."""
     runs = [str(full.directory), str(low.directory)]
     convert("merge", model=runs, weight=[lam, 1 - lam], out=tmp_path / "out")
@@ -127,7 +118,7 @@ def test_runs_are_merged_from_their_checkpoints_as_by_hand(convert, world, full,
     assert merged == others and len(others) > 10
 
 
-def test_a_run_of_another_shape_is_not_merged(convert, full, tmp_path):
+def test_a_run_of_another_shape_is_not_merged(full, tmp_path):
     unet = load_component(full.directory / "export" / "unet")
     config = dataclasses.replace(unet.config, cross_attention_dim=20)
     save_component(tmp_path / "wider", config, network(config).init(0))
@@ -143,7 +134,7 @@ def test_a_run_of_another_shape_is_not_merged(convert, full, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_also_what_a_lora_is_fused_into_or_extracted_from(convert, world, full, low, tmp_path):
+def test_a_run_is_also_what_a_lora_is_fused_into_or_extracted_from(world, full, low, tmp_path):
     file = tmp_path / "lora.safetensors"
     base = str(world / "pipeline")
     convert("extract-lora", model=[str(low.directory)], base=base, rank=4, out=file)
@@ -209,7 +200,7 @@ def test_a_lora_is_the_averaged_one_where_the_run_keeps_an_average(world, tmp_pa
         assert all(np.array_equal(got[name], factors[name]) for name in factors)
 
 
-def test_the_students_lora_fused_is_the_export(convert, world, low, tmp_path):
+def test_the_students_lora_fused_is_the_export(world, low, tmp_path):
     file = tmp_path / "lora.safetensors"
     convert("lora", run=low.directory, out=file)
     update = read_lora(file)
@@ -219,7 +210,7 @@ def test_the_students_lora_fused_is_the_export(convert, world, low, tmp_path):
     assert same_tensors(tmp_path / "fused", low.directory / "export")
 
 
-def test_the_scores_lora_has_its_own_layers_rank_and_alpha(convert, full, world, tmp_path, capsys):
+def test_the_scores_lora_has_its_own_layers_rank_and_alpha(full, world, tmp_path, capsys):
     file = tmp_path / "score.safetensors"
     convert("lora", run=full.directory, which="score", out=file)
     assert capsys.readouterr().out == f"wrote {file} from step {STEP}\n"
@@ -233,7 +224,7 @@ def test_the_scores_lora_has_its_own_layers_rank_and_alpha(convert, full, world,
     assert all(np.array_equal(got[name], want[name]) for name in want)
 
 
-def test_merge_and_extract_lora_reach_their_functions(convert, world, full, tmp_path, capsys):
+def test_merge_and_extract_lora_reach_their_functions(world, full, tmp_path, capsys):
     trained, base = str(full.directory / "export" / "unet"), str(world / "pipeline" / "unet")
     convert("merge", model=[trained, base], weight=[0.25, 0.75], out=tmp_path / "merged")
     got, ours, theirs = (load_component(path).params for path in (tmp_path / "merged", trained, base))
@@ -245,7 +236,7 @@ def test_merge_and_extract_lora_reach_their_functions(convert, world, full, tmp_
     assert set(read_lora(tmp_path / "lora.safetensors").alphas.values()) == {2.0}
 
 
-def test_inspect_tells_every_tensor_and_every_difference(convert, world, full, tmp_path, capsys):
+def test_inspect_tells_every_tensor_and_every_difference(world, full, tmp_path, capsys):
     unet = world / "pipeline" / "unet"
     convert("inspect", model=[str(unet)])
     out = capsys.readouterr().out
@@ -268,7 +259,7 @@ def test_inspect_tells_every_tensor_and_every_difference(convert, world, full, t
     assert list(listing.report(unet, tmp_path / "unet")) == [f"0 of {len(tensors)} tensors differ"]
 
 
-def test_a_pipeline_goes_to_orbax_and_back(convert, world, tmp_path):
+def test_a_pipeline_goes_to_orbax_and_back(world, tmp_path):
     convert("from-diffusers", model=[str(world / "pipeline")], out=tmp_path / "orbax")
     assert (tmp_path / "orbax" / "unet" / "orbax" / "manifest.json").is_file()
     convert("to-diffusers", model=[str(tmp_path / "orbax")], out=tmp_path / "back")
@@ -291,7 +282,7 @@ def test_differences_of_names_shapes_and_types(tmp_path):
     assert listing.tensors(a)["empty"].nbytes == 0
 
 
-COMMANDS = {
+REFUSED = {
     "no command": ((), "one command is expected: to-diffusers, from-diffusers, from-openclip"),
     "misspelt command": (("to-difusers",), "did you mean to-diffusers?"),
     "missing flags": (("fuse", "--model={}/pipeline"), "fuse needs --lora, --out"),
@@ -301,6 +292,19 @@ COMMANDS = {
         "to-diffusers --model does not take --step",
     ),
     "no such choice": (("lora", "--run={}/low", "--out={}/x", "--which=tacher"), "--which=tacher"),
+    "unknown flag": (("fuse", "--modl={}/pipeline"), "unknown flag --modl; did you mean --model?"),
+    "an argument too many": (("inspect", "--model={}/pipeline", "more"), "unexpected argument 'more'"),
+    "no value": (("inspect", "--model"), "--model needs a value"),
+    "an empty value": (("inspect", "--model="), "--model=: must be a string that is not empty"),
+    "not a number": (
+        ("lora", "--run={}/low", "--out={}/x", "--step=1.5"),
+        "--step=1.5: must be a whole number",
+    ),
+    "out of range": (
+        ("extract-lora", "--model={}/x", "--base={}/x", "--rank=0", "--out={}/x"),
+        "--rank=0: must be a whole number >= 1",
+    ),
+    "twice": (("fuse", "--lora=a", "--lora=b"), "--lora is given twice; it takes one value"),
     "no repository": (("to-diffusers", "--run={}/x", "--out={}/x", "--push_to_hub=a"), "a is not OWNER/NAME"),
     "no such run": (("to-diffusers", "--run={}/none", "--out={}/x"), "no checkpoint in"),
 }
@@ -308,17 +312,47 @@ COMMANDS = {
 
 def test_the_command_refuses_with_one_line_and_exit_code_2(world):
     with ThreadPoolExecutor(4) as pool:
-        calls = [[part.format(world) for part in arguments] for arguments, _ in COMMANDS.values()]
+        calls = [[part.format(world) for part in arguments] for arguments, _ in REFUSED.values()]
         results = list(pool.map(lambda arguments: command(*arguments), calls))
-    for (code, out, err), (case, (_, message)) in zip(results, COMMANDS.items(), strict=True):
+    for (code, out, err), (case, (_, message)) in zip(results, REFUSED.items(), strict=True):
         assert code == 2 and not out, (case, err)
         assert err.startswith("error: ") and err.count("\n") == 1 and message in err, (case, err)
     assert not (world / "x").exists()
 
 
-def test_what_a_run_cannot_give_is_refused_and_nothing_is_written(convert, full, low, tmp_path):
+def test_each_command_has_its_own_help():
+    """None of them waits for jax, and each tells its own flags only."""
+    with ThreadPoolExecutor(4) as pool:
+        results = dict(zip(COMMANDS, pool.map(lambda name: command(name, "--help"), COMMANDS), strict=True))
+    every = {flag.name for one in COMMANDS.values() for flag in one.flags}
+    for name, (code, out, err) in results.items():
+        told = set(re.findall(r"^  --(\w+) ", out, re.MULTILINE)) - {"version"}
+        assert (code, err) == (0, "") and told == {flag.name for flag in COMMANDS[name].flags} < every
+        assert out.startswith(f"usage: convert.py {name} ") and COMMANDS[name].call.__doc__ in out
+    code, out, err = command("--help")
+    assert (code, err) == (0, "") and all(f"\n  {name} " in out for name in COMMANDS)
+
+
+def test_the_home_directory_in_every_path(world, low, tmp_path, monkeypatch, capsys):
+    """As the shell leaves it in --flag=~/..., of which it makes nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, target in (("low", low.directory), ("pipeline", world / "pipeline")):
+        (tmp_path / name).symlink_to(target)
+    convert("lora", run="~/low", out="~/lora.safetensors")
+    convert("fuse", model="~/pipeline", lora="~/lora.safetensors", out="~/fused")
+    convert("merge", model=["~/low", "~/fused"], weight=[0.5, 0.5], out="~/merged")
+    convert("extract-lora", model="~/fused", base="~/pipeline", rank=1, out="~/small.safetensors")
+    convert("to-diffusers", run="~/low", base="~/pipeline", init="~/pipeline", out="~/export")
+    capsys.readouterr()
+    convert("inspect", model="~/export", other="~/fused")
+    assert capsys.readouterr().out.startswith("0 of ")
+    written = {"lora.safetensors", "fused", "merged", "small.safetensors", "export"}
+    assert written < {path.name for path in tmp_path.iterdir()} and not Path("~").exists()
+
+
+def test_what_a_run_cannot_give_is_refused_and_nothing_is_written(full, low, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="inspect takes one --model"):
+    with pytest.raises(InputError, match="--model is given twice; it takes one value"):
         convert("inspect", model=["a", "b"])
     with pytest.raises(InputError, match="trains all weights of its student"):
         export_lora(full.directory, out)
