@@ -1,5 +1,6 @@
 """The strict configuration: a wrong field is an InputError that names it, before any device is touched."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from sbv2_jax import fields
 from sbv2_jax.convert.formats.resolve import is_hub_id
 from sbv2_jax.errors import InputError
+from sbv2_jax.openmoji.pretrain import settings
 from sbv2_jax.run.config import FIELDS, check_mesh, default_config, may_change, validate
 
 ROOT = Path(__file__).parents[2]
@@ -25,10 +27,25 @@ def with_field(name: str, value) -> ConfigDict:
     return config
 
 
-def test_the_default_is_valid_and_every_field_has_a_check():
+def test_the_default_is_valid_and_of_the_declared_fields():
     config = default_config()
     validate(config)
-    assert sorted(fields.field_names(config)) == sorted(FIELDS)
+    assert sorted(fields.field_names(config)) == sorted(FIELDS) and config.is_locked and config.vsd.is_locked
+
+
+@pytest.mark.parametrize("declared", [FIELDS, settings.FIELDS], ids=["run", "pretraining"])
+def test_every_field_says_what_it_may_be_and_what_it_does_in_one_line(declared):
+    for name, field in declared.items():
+        assert field.check(field.default) is None, name
+        assert field.expected and field.help.endswith(".") and "\n" not in field.help, name
+
+
+def test_the_page_of_the_configuration_is_up_to_date(tmp_path):
+    written = tmp_path / "configuration.md"
+    command = [sys.executable, "benchmarks/configuration_page.py", f"--write={written}"]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    page = ROOT / "docs" / "configuration.md"
+    assert page.read_text() == written.read_text(), f"run {' '.join(command[1:2])} --write={page}"
 
 
 def test_the_default_holds_the_published_values():
