@@ -213,9 +213,10 @@ class Reference:
         x = self.generate(z, text)
         loss, reported = self.student_loss(x, noise, t, text, null, clip_ids, index)
         self.descend(self.student, loss)
+        decay = min(self.method.ema, (1 + index) / (10 + index))
         with torch.no_grad():
             for mean, new in zip(self.average.parameters(), self.student.parameters(), strict=True):
-                mean.copy_(self.method.ema * mean + (1 - self.method.ema) * new)
+                mean.copy_(decay * mean + (1 - decay) * new)
         for score_draw in score_draws:
             loss = self.score_loss(x.detach(), *score_draw, text, null)
             self.descend(self.score, loss)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from sbv2_jax.devices.programs import ANYWHERE, INLINE, Placement, Programs
+from sbv2_jax.distill.ema import ema_decay
 from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.distill.steps import (
     Batch,
@@ -122,7 +123,7 @@ def _finish(
         key=state.key,
         student=student,
         student_opt=student_opt,
-        ema=lerp(state.ema, student, objective.ema) if state.ema else {},
+        ema=lerp(state.ema, student, ema_decay(objective.ema, state.step)) if state.ema else {},
         score=score,
         score_opt=score_opt,
     )

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 import toy_world
 from conftest import relative_error
+from diffusers.training_utils import EMAModel
 from tiny_world import fast_jit
 from toy_world import BATCH, Toy
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
 from sbv2_jax.distill import steps
+from sbv2_jax.distill.ema import ema_decay
 from sbv2_jax.distill.state import Frozen, init_state
 from sbv2_jax.distill.train_step import make_train_step
 from sbv2_jax.models.clip import TextOutput
@@ -143,13 +146,23 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(toy, plain_step):
     assert_same(run(plain_step, toy, restored)[0], run(plain_step, toy, toy.init(), 5)[0])
 
 
-def test_the_average_follows_the_student_at_its_rate(toy, plain_step):
-    start = toy.init()
-    end, _ = run(plain_step, toy, start, 1)
-    for name, mean in end.ema.items():
-        want = 0.9 * np.float64(start.ema[name]) + 0.1 * np.float64(end.student[name])
-        np.testing.assert_allclose(mean, want, rtol=1e-5, atol=1e-7)
-        assert np.any(mean != start.ema[name])
+def test_the_average_follows_the_student_at_its_rate_after_a_ramp(toy, plain_step):
+    """Early, and past the step (80) at which the ramp reaches the decay of 0.9."""
+    for first, decays in ((0, (1 / 10, 2 / 11)), (79, (80 / 89, 0.9))):
+        state = dataclasses.replace(toy.init(), step=jnp.int32(first))
+        for decay in decays:
+            before = {name: np.float64(leaf) for name, leaf in state.ema.items()}
+            state, _ = run(plain_step, toy, state, 1)
+            for name, mean in state.ema.items():
+                want = decay * before[name] + (1 - decay) * np.float64(state.student[name])
+                np.testing.assert_allclose(mean, want, rtol=1e-5, atol=1e-7)
+                assert np.any(mean != before[name])
+
+
+def test_the_ramp_is_that_of_diffusers():
+    average = EMAModel([torch.nn.Parameter(torch.ones(1))], decay=0.9999)
+    for step in (1, 2, 7, 1_000, 89_988, 89_991, 200_000):  # but for the first, which copies there
+        assert abs(ema_decay(0.9999, jnp.int32(step)) - average.get_decay(step + 1)) < 2e-7
 
 
 def test_no_average_is_kept_without_one_and_a_rate_of_zero_copies(toy):

@@ -16,6 +16,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.devices.sharding import batch_sharding, make_mesh
+from sbv2_jax.distill.ema import ema_decay
 from sbv2_jax.run.log import MetricsLog
 from sbv2_jax.tree import Params, lerp
 
@@ -219,11 +220,12 @@ def make_step(
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, inputs, key)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        # Early averages would otherwise remember the initial weights.
-        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
         metrics = metrics | {"grad_norm": optax.global_norm(grads)}
         return StageState(
-            step=state.step + 1, params=params, opt=opt, ema=lerp(state.ema, params, decay)
+            step=state.step + 1,
+            params=params,
+            opt=opt,
+            ema=lerp(state.ema, params, ema_decay(ema, state.step)),
         ), metrics
 
     return step
