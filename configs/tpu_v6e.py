@@ -13,5 +13,4 @@ from sbv2_jax.run.config import stable_diffusion_21
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the run; `argument` as in `stable_diffusion_21`."""
-    # One image a chip on 128 of them.
-    return stable_diffusion_21(argument, {"batch_size": 128, "mesh.fsdp": 4})
+    return stable_diffusion_21(argument, {"mesh.fsdp": 4})

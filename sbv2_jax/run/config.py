@@ -26,8 +26,8 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
 
     `argument` is a config file's: "lora" is the second training, a LoRA with the CLIP loss (the first one trains
     all weights), "runlocal" shrinks either to a minute on a laptop; both are joined by a comma. `machine` holds
-    the fields that fit the run to it. The directories are where a user is expected to put the checkpoints; a
-    hub id may stand for each.
+    the fields that fit the run to it. The directories are where a user is expected to put the checkpoints, of which
+    docs/checkpoints.md says the sources; a hub id may stand for each.
     """
     chosen = words(argument, "lora", "runlocal")
     config = default_config()
@@ -41,8 +41,7 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
     config.programs = "stages"  # a third of the memory, and less time, to compile than as one program
     if "lora" in chosen:
         config.student.mode = "lora"
-        config.student.lr = 1e-3
-        config.clip.model = "./checkpoints/clip-vit-base-patch32"
+        config.clip.model = "./checkpoints/openclip-vit-b-32"
         config.clip.decoder = "./checkpoints/taesd"
         config.clip.weight = 0.1
     config.update_from_flattened_dict(machine)

@@ -1,14 +1,18 @@
 """The fields of a distillation run, each declared once: default, what it may hold, what it does.
 
-The defaults are the paper's full training. Sources: SwiftBrush v2 (Dao et al., 2024, arXiv 2408.14176v2) and, where
-it is silent, SwiftBrush's published training command; docs/results.md sets them beside the paper's, one by one.
+The defaults are the paper's full training: SwiftBrush v2 (Dao et al., 2024, arXiv 2408.14176v2) and, where it is
+silent, SwiftBrush's published code. docs/results.md sets them beside the paper's, one by one.
 """
 
 from sbv2_jax.devices.rules import DEFAULT_RULES
 from sbv2_jax.fields import Field, either, number, one_of, regex, rules, strings, text, whole
 
 FIELDS: dict[str, Field] = {
-    "steps": Field(20_000, whole(1), "Updates of the student."),
+    "steps": Field(
+        48_000,
+        whole(1),
+        "Updates of the student: 48,000 for the paper's 3.3 million prompts, 20,000 for JourneyDB's 1.3 million alone.",
+    ),
     "batch_size": Field(64, whole(1), "Images of one update, over all devices and accumulation."),
     "accumulate": Field(1, whole(1), "Gradient accumulation: passes that one update is split into."),
     "seed": Field(0, whole(0, 2**32 - 1), "Of the weights, noise, times and the order of the prompts."),
@@ -32,7 +36,7 @@ FIELDS: dict[str, Field] = {
     "student.mode": Field(
         "full", one_of("full", "lora"), '"full" trains every weight, "lora" trains low-rank updates of some.'
     ),
-    "student.lr": Field(1e-6, number(0, above=True), "Learning rate of the student, in either mode."),
+    "student.lr": Field(1e-6, number(0, above=True), "Learning rate of the student, full or LoRA."),
     "student.lora.rank": Field(256, whole(1), 'Rank of the student\'s LoRA, in "lora" mode.'),
     "student.lora.alpha": Field(512.0, number(0, above=True), "The LoRA's update is scaled by alpha / rank."),
     "student.lora.targets": Field(
@@ -51,7 +55,7 @@ FIELDS: dict[str, Field] = {
         "Learning rate of the score model, the LoRA on the teacher that follows the student's distribution.",
     ),
     "score.rank": Field(64, whole(1), "Rank of the score model."),
-    "score.alpha": Field(108.0, number(0, above=True), "Its update is scaled by alpha / rank."),
+    "score.alpha": Field(128.0, number(0, above=True), "Its update is scaled by alpha / rank."),
     "score.targets": Field(
         r".*\.attn[12]\.to_(q|v)", regex, "The teacher's modules that get it: as for `student.lora.targets`."
     ),
@@ -86,7 +90,11 @@ FIELDS: dict[str, Field] = {
     "clip.tau": Field(
         0.35, number(-1, 1), "A sample whose picture and text agree (cosine) by more than this adds nothing."
     ),
-    "ema": Field(0.999, number(0, 1, below=True), "Decay of the averaged student; 0 keeps none."),
+    "ema": Field(
+        0.9999,
+        number(0, 1, below=True),
+        "Decay of the averaged student, at most (1 + n) / (10 + n) after n updates; 0 keeps none.",
+    ),
     "optimizer.b1": Field(
         0.9, number(0, 1, below=True), "AdamW's first decay, for the student and the score model."
     ),

@@ -51,11 +51,24 @@ def test_the_page_of_the_configuration_is_up_to_date(tmp_path):
 def test_the_default_holds_the_published_values():
     config = default_config()
     assert (config.student.lr, config.score.lr, config.optimizer.clip_norm) == (1e-6, 1e-3, 1.0)
-    assert (config.score.rank, config.score.alpha) == (64, 108)
+    assert (config.score.rank, config.score.alpha) == (64, 128)
     assert (config.student.lora.rank, config.student.lora.alpha) == (256, 512)
     assert (config.vsd.guidance, config.vsd.score_guidance) == (4.5, 4.5)
     assert (config.vsd.t_min, config.vsd.t_max, config.clip.tau) == (20, 980, 0.35)
     assert config.score.null_prompt_probability == 0.1
+    assert (config.steps, config.batch_size, config.ema) == (48_000, 64, 0.9999)
+
+
+@pytest.mark.parametrize("name", ["tpu_v4", "tpu_v5e", "tpu_v6e", "gpu"])
+@pytest.mark.parametrize("argument", ["", ":lora"])
+def test_the_runs_of_stable_diffusion_keep_the_published_batch_and_rates(name, argument):
+    config = fields.load(f"{ROOT}/configs/{name}.py{argument}")
+    assert (config.steps, config.batch_size, config.ema) == (48_000, 64, 0.9999)
+    assert (config.student.lr, config.score.lr, config.score.alpha) == (1e-6, 1e-3, 128)
+    assert config.clip.model == ("./checkpoints/openclip-vit-b-32" if argument else "")
+    published = default_config().to_dict()
+    for group in ("vsd", "score", "optimizer"):
+        assert config[group].to_dict() == published[group]
 
 
 def test_the_targets_choose_attention_projections_and_nothing_else():
