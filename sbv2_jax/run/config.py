@@ -42,6 +42,7 @@ FIELDS: dict[str, Check] = {
     "architecture": text(empty=True),
     "resolution": whole(0),
     "prompts": text(),
+    "prompts_column": text(empty=True),
     "student.init": text(),
     "student.mode": one_of("full", "lora"),
     "student.lr": number(0, above=True),
@@ -105,8 +106,12 @@ def default_config() -> ConfigDict:
         ""  # "sd15", "sd21-base", "sd21", "sdxl": what the teacher must be; sizes a dry run without it
     )
     config.resolution = 0  # pixels a side; 0 is what the teacher's UNet was made for
-    config.prompts = (
-        "openmoji"  # a text file, one prompt a line; a TFDS/array_record directory; or "openmoji"
+    # Files of prompts: text with one a line, CSV, TSV, JSON, JSON Lines or Parquet, also compressed, by pattern, or
+    # several with commas between them; a TFDS or array_record directory; "openmoji" or "openmoji:COUNT"; or a source
+    # of your own, "package.module:Source".
+    config.prompts = "openmoji"
+    config.prompts_column = (
+        ""  # the column or key of the prompts; "" is the one with a usual name, such as caption
     )
 
     config.student = ConfigDict()
@@ -216,7 +221,7 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
 def shrink(config: ConfigDict) -> None:
     """Shrinks a run, in place, to a minute on a laptop: the bundled pipeline, a few steps, one device."""
     config.update(steps=10, batch_size=8, accumulate=1, precision="float32", remat="none", programs="one")
-    config.update(teacher="bundled", prompts="openmoji", architecture="", resolution=0)
+    config.update(teacher="bundled", prompts="openmoji", prompts_column="", architecture="", resolution=0)
     config.student.init = "teacher"
     config.student.lora.update(rank=4, alpha=8.0)
     config.score.update(rank=4, alpha=8.0)
