@@ -12,9 +12,9 @@ import tiny_world
 from jax.sharding import Mesh
 
 from sbv2_jax.devices import sharding
+from sbv2_jax.devices.rules import DEFAULT_RULES
 from sbv2_jax.distill.state import TrainState
 from sbv2_jax.distill.train_step import make_train_step
-from sbv2_jax.run.config import DEFAULT_RULES
 from sbv2_jax.tree import leaf_names
 
 SMALLEST_SPLIT = 512  # the networks here are small

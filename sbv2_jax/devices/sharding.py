@@ -16,8 +16,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sbv2_jax.devices.programs import Placement
+from sbv2_jax.devices.rules import DEFAULT_RULES
 from sbv2_jax.errors import InputError
-from sbv2_jax.run.config import DEFAULT_RULES
 from sbv2_jax.tree import leaf_names
 
 AXES = ("replica", "data", "fsdp")

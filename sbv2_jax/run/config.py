@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sbv2_jax.devices.rules import DEFAULT_RULES
 from sbv2_jax.errors import InputError
 from sbv2_jax.fields import (
     Check,
@@ -25,12 +26,6 @@ from sbv2_jax.fields import (
 
 # Fields that a resumed run may change freely: they alter no number of a step by more than rounding.
 _MAY_CHANGE = ("checkpoint", "sample", "mesh", "remat", "attention", "programs", "student.lora.init")
-
-# Which leaves are split over which axes: see `config.mesh.rules` and `sharding.py`.
-DEFAULT_RULES = (
-    (r"(.*\.)?(step|key|count)", "replicate"),
-    (r".*", "fsdp"),
-)
 
 
 FIELDS: dict[str, Check] = {

@@ -10,9 +10,9 @@ from conftest import relative_error
 from toy_world import Toy
 
 from sbv2_jax.devices.programs import Separate
+from sbv2_jax.devices.rules import DEFAULT_RULES
 from sbv2_jax.devices.sharding import Layout, make_mesh
 from sbv2_jax.distill.train_step import make_train_step
-from sbv2_jax.run.config import DEFAULT_RULES
 
 FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 CHANGES = {"ema": 0.9, "accumulate": 2, "clip_passes": 2, "score_updates": 3}
