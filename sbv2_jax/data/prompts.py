@@ -1,25 +1,38 @@
 """Prompts for distillation: sources of text, and the endless stream of batches that training reads."""
 
+import bisect
+import functools
+import glob
 import hashlib
+import itertools
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, SupportsIndex
 
 import grain
 
-from sbv2_jax.convert.formats.files import read_json
-from sbv2_jax.data.text_prompts import TextPrompts, decode
+from sbv2_jax.data import tables
+from sbv2_jax.data.columns import HOW
+from sbv2_jax.data.kinds import Kind, kind_of, looks_like_table
+from sbv2_jax.data.named import named_source
+from sbv2_jax.data.records import RecordPrompts, tfds_caption, tfds_files
+from sbv2_jax.data.spooled import SpooledPrompts
+from sbv2_jax.data.streams import head_of, is_packed, lines
+from sbv2_jax.data.text_prompts import TextPrompts
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
 
 _COUNTED = 10_000
+_READERS = {Kind.TABLE: tables.table, Kind.JSON: tables.objects, Kind.PARQUET: tables.parquet}
 
 
 class PromptSource(Protocol):
-    """A random-access source of prompts (grain's protocol) that can say what it holds."""
+    """A random-access source of prompts (grain's protocol) that can say what it holds.
+
+    It may have `notes`, lines for the user on how it was read.
+    """
 
     def __len__(self) -> int: ...
 
@@ -30,78 +43,119 @@ class PromptSource(Protocol):
         ...
 
 
-def open_prompts(path: str | os.PathLike, split: str = "train") -> PromptSource:
-    """Returns the prompt source at `path`.
+def open_prompts(place: str | os.PathLike, column: str = "", split: str = "train") -> PromptSource:
+    """Returns the prompt source at `place`; several, with commas between them, are read one after the other.
 
-    "openmoji" or "openmoji:COUNT": captions of the OpenMoji world (50,000 without a count). A directory with
-    a dataset_info.json: the `caption` of that TFDS split. A directory of *.array_record* files, or one such
-    file: a prompt a record, UTF-8. Anything else: a text file, one prompt a line (`TextPrompts`).
-    Raises InputError for what is missing, empty or broken.
+    - A file: text with a prompt a line, CSV or TSV, JSON, JSON Lines or Parquet, also compressed (`kinds`); or a
+      pattern of files, such as `data/*.parquet`, in the order of their names.
+    - A directory with a dataset_info.json: the `caption` of that TFDS split. A directory of *.array_record*
+      files, or one such file: a prompt a record, UTF-8.
+    - "openmoji" or "openmoji:COUNT": captions of the OpenMoji world (50,000 without a count). A source of your
+      own by its dotted path (`named`).
+
+    `column` names the column or key of the prompts where there are several, and none has a usual name.
+    Raises InputError for what is missing, empty, broken, or of a format that is not read.
     """
-    world = re.fullmatch(r"openmoji(?::(\d+))?", os.fspath(path))
-    if world:
-        from sbv2_jax.openmoji.world import Captions
+    sources = [_open(one, column, split) for one in _places(os.fspath(place))]
+    return sources[0] if len(sources) == 1 else JoinedPrompts(sources)
 
-        return Captions(int(world[1])) if world[1] else Captions()
-    path = Path(path).expanduser()
+
+def _places(place: str) -> list[str]:
+    """Returns what a name stands for, one by one: a path that exists, a pattern, or several with commas."""
+    found = []
+    for part in [place] if _exists(place) else place.split(","):
+        one = os.path.expanduser(part.strip())
+        if not one:
+            raise InputError(f"{place!r}: a name of prompts is empty")
+        if _exists(one) or not glob.has_magic(one):
+            found.append(one)
+            continue
+        matches = sorted(glob.glob(one, recursive=True))
+        if not matches:
+            raise InputError(f"{one}: no file fits this pattern")
+        found += matches
+    return found
+
+
+def _exists(place: str) -> bool:
+    return os.path.exists(os.path.expanduser(place))
+
+
+def _open(place: str, column: str, split: str) -> PromptSource:
+    if (source := None if os.path.exists(place) else named_source(place)) is not None:
+        return _without_columns(source, place, column)
+    path = Path(place)
     if path.is_dir() and (path / "dataset_info.json").is_file():
-        return RecordPrompts(_tfds_files(path, split), _tfds_caption(path))
+        return RecordPrompts(tfds_files(path, split), tfds_caption(path, column or "caption"))
     if path.is_dir():
         files = sorted(path.glob("*.array_record*"))
         if not files:
-            raise InputError(f"{path}: a directory without array_record files: give a text file of prompts")
-        return RecordPrompts(files)
+            raise InputError(
+                f"{path}: a directory without array_record files: name its files of prompts, such as "
+                f"{path / '*.parquet'}"
+            )
+        return _without_columns(RecordPrompts(files), place, column)
     if ".array_record" in path.name:
-        return RecordPrompts([path])
-    return TextPrompts(path)
+        return _without_columns(RecordPrompts([path]), place, column)
+    return open_file(path, column)
 
 
-class RecordPrompts:
-    """A random-access source of `str` over array_record files.
+def open_file(path: str | os.PathLike, column: str = "") -> TextPrompts:
+    """Returns the prompts of one file, of any of the `kinds`; raises InputError as `open_prompts` does."""
+    path, notes = Path(path), []
+    again = functools.partial(open_file, path, column)
+    kind = kind_of(path)
+    if kind is Kind.TEXT:
+        columns = looks_like_table(head_of(path).decode("utf-8", errors="replace"))
+        if columns and not column:
+            raise InputError(f"{path}: a table of {', '.join(columns)}, by its first rows: {HOW}")
+        if column:
+            kind = Kind.TABLE
+        elif not is_packed(path):
+            return TextPrompts(path)
+        else:
+            values = ((f"line {number}", line) for number, line in lines(path))
+            return SpooledPrompts(path, values, notes, again)
+    return SpooledPrompts(path, _READERS[kind](path, column, notes), notes, again)
 
-    `caption_of` turns a record (bytes) into a prompt (bytes); without it the record is the prompt. The rules
-    of `TextPrompts` for length and characters hold; a record that is unreadable, blank or not UTF-8 raises
-    InputError with its number when it is read.
-    """
 
-    def __init__(self, files: list[Path], caption_of=None):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
+def _without_columns(source: PromptSource, place: str, column: str) -> PromptSource:
+    if column:
+        raise InputError(f"{place}: has no columns, and so no {column!r}")
+    return source
 
-        self._files, self._caption_of = [os.fspath(file) for file in files], caption_of
-        try:
-            self._records = ArrayRecordDataSource(self._files)
-            self._length = len(self._records)
-        except Exception as error:  # array_record raises bare C++ errors of several types
-            raise InputError(f"{self._files[0]}: not a whole array_record file: {_line(error)}") from error
-        if not self._length:
-            raise InputError(f"{self._files[0]}: holds no records")
+
+class JoinedPrompts:
+    """Several sources as one, in their order."""
+
+    def __init__(self, sources: Sequence[PromptSource]):
+        self._sources = sources
+        self._ends = list(itertools.accumulate(len(source) for source in sources))
+        self.notes = tuple(note for source in sources for note in notes_of(source))
 
     def __len__(self) -> int:
-        return self._length
+        return self._ends[-1]
 
     def __getitem__(self, index: SupportsIndex) -> str:
         index = int(index)
-        try:
-            record = self._records[index]
-            prompt = decode(self._caption_of(record) if self._caption_of else record)
-        except IndexError:
-            raise
-        except Exception as error:
-            raise InputError(f"{self._files[0]}, record {index}: {_line(error)}") from error
-        if not prompt:
-            raise InputError(f"{self._files[0]}, record {index}: a blank prompt: leave the record out")
-        return prompt
+        if not 0 <= index < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        which = bisect.bisect_right(self._ends, index)
+        return self._sources[which][index - (self._ends[which - 1] if which else 0)]
 
     def __repr__(self) -> str:
-        return f"RecordPrompts({self._files[0]!r}, {self._length} prompts)"
+        return f"JoinedPrompts({len(self._sources)} sources, {len(self)} prompts)"
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 over the contents of the files, in their order."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            with open(file, "rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+        """Returns the SHA-256 over the fingerprints of the sources and their lengths."""
+        parts = [f"{source.fingerprint()}/{len(source)}" for source in self._sources]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def notes_of(source: PromptSource) -> tuple[str, ...]:
+    """Returns the lines that say how a source was read, such as the column that was guessed; ten at most."""
+    notes = tuple(getattr(source, "notes", ()))
+    return notes if len(notes) <= 10 else (*notes[:10], f"and {len(notes) - 10} more such files")
 
 
 def describe_cut(prompts: Sequence[str] | PromptSource, tokenizer: Tokenizer | TokenizerPair) -> str | None:
@@ -116,40 +170,6 @@ def describe_cut(prompts: Sequence[str] | PromptSource, tokenizer: Tokenizer | T
         return None
     of = "" if stride == 1 else f" looked at, of {len(prompts)},"
     return f"{cut} of {len(some)} prompts{of} are longer than {tokenizer.max_length} tokens and are cut"
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _tfds_files(path: Path, split: str) -> list[Path]:
-    info = read_json(path / "dataset_info.json")
-    if info.get("fileFormat") != "array_record":
-        raise InputError(f"{path}: a TFDS directory in another format: prepare it with array_record")
-    try:
-        splits = [str(one["name"]) for one in info["splits"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path / 'dataset_info.json'} names no splits") from error
-    if split not in splits:
-        raise InputError(f"{path}: no split {split!r}: it has {', '.join(splits)}")
-    files = sorted(path.glob(f"*-{split}.array_record*"))
-    if not files:
-        raise InputError(f"{path}: its split {split!r} has no array_record files here")
-    return files
-
-
-def _tfds_caption(path: Path):
-    """Returns a function from a record of this TFDS directory to its caption; no picture is decoded."""
-    import tensorflow_datasets as tfds
-
-    try:
-        features = tfds.features.FeaturesDict.from_config(str(path))
-    except Exception as error:  # tfds raises whatever the parsing met
-        raise InputError(f"{path}: its features.json cannot be read: {_line(error)}") from error
-    if "caption" not in features:
-        raise InputError(f"{path}: its features {sorted(features)} have no caption")
-    captions = tfds.features.FeaturesDict({"caption": features["caption"]})
-    return lambda record: captions.deserialize_example_np(record)["caption"]
 
 
 def prompt_batches(

@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import mmap
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from sbv2_jax.errors import InputError
 
 MAX_BYTES = 4096  # of a line: far over the 77 tokens that any text tower reads
 _CHUNK = 1 << 19
+_END = re.compile(rb"[\r\n]")
 _STRIDE = 16  # the index holds every 16th prompt: 0.5 bytes a prompt, and a read walks 8 lines on average
 
 
@@ -32,7 +34,9 @@ _DROPPED = _dropped()
 
 def clean(text: str) -> str:
     """Returns the prompt without control and bidirectional characters, white space collapsed to one space."""
-    return " ".join(text.translate(_DROPPED).split())
+    if not (text.isascii() and text.isprintable()):  # else there is nothing to drop
+        text = text.translate(_DROPPED)
+    return " ".join(text.split())
 
 
 def decode(data: bytes) -> str:
@@ -42,10 +46,15 @@ def decode(data: bytes) -> str:
     return clean(codecs.getincrementaldecoder("utf-8")().decode(data[:MAX_BYTES], final=not cut))
 
 
+def clean_text(text: str) -> str:
+    """Returns a prompt as it would be read from a file: `decode` of its bytes; raises UnicodeEncodeError."""
+    return decode(text.encode("utf-8"))
+
+
 class TextPrompts:
     """A random-access source of `str` over a text file: prompt i is the i-th line that is not blank.
 
-    Lines end in LF or CRLF; a byte order mark is skipped; of a line only the first 4,096 bytes are read;
+    Lines end in LF, CRLF or CR; a byte order mark is skipped; of a line only the first 4,096 bytes are read;
     control and bidirectional characters are dropped (see `clean`).
     Raises InputError for a missing or empty file, blank lines only, and, with its number, a line that is not UTF-8.
     """
@@ -97,8 +106,9 @@ class TextPrompts:
             raise InputError(f"{self._path}: the prompt file is empty: write one prompt a line") from error
 
     def _line_end(self, start: int) -> int:
-        end = self._map.find(b"\n", start)
-        return end if end >= 0 else len(self._map)
+        # Between CR and LF this finds an empty line, which is blank and no prompt.
+        end = _END.search(self._map, start)
+        return end.start() if end else len(self._map)
 
     def _text(self, start: int, end: int) -> str:
         """Returns the prompt in these bytes, "" for a blank line; raises UnicodeDecodeError."""
@@ -140,12 +150,14 @@ class TextPrompts:
         while at < size:
             stop = min(at + _CHUNK, size)
             if stop < size:
-                newline = self._map.rfind(b"\n", at, stop)
+                newline = max(self._map.rfind(end, at, stop) for end in (b"\n", b"\r"))
                 stop = newline + 1 if newline >= 0 else min(self._line_end(at) + 1, size)
+                if self._map[stop - 1 : stop + 1] == b"\r\n":
+                    stop += 1
             if stop - at > _CHUNK:  # one line, longer than a chunk
                 for piece in range(at, stop, _CHUNK):
                     digest.update(self._map[piece : min(piece + _CHUNK, stop)])
-                end = stop - 1 if self._map[stop - 1 : stop] == b"\n" else stop
+                end = self._line_end(at)
                 yield np.array([at]), np.array([end]), np.array([False])
             else:
                 chunk = self._map[at:stop]
@@ -156,8 +168,12 @@ class TextPrompts:
 
 def _lines(chunk: bytes, at: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     data = np.frombuffer(chunk, np.uint8)
-    ends = np.flatnonzero(data == ord("\n"))
-    if data[-1] != ord("\n"):  # the last line of the file
+    newline = data == ord("\n")
+    if b"\r" in chunk:
+        newline[:-1] |= (data[:-1] == ord("\r")) & ~newline[1:]  # CRLF is one end, its CR blank in the line
+        newline[-1] |= data[-1] == ord("\r")
+    ends = np.flatnonzero(newline)
+    if not newline[-1]:  # the last line of the file
         ends = np.append(ends, len(data))
     starts = np.concatenate([[0], ends[:-1] + 1])
     printable = np.logical_or.reduceat((data > 0x20) & (data < 0x7F), starts)

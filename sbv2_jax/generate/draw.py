@@ -12,10 +12,11 @@ from absl import logging
 from tqdm import tqdm
 
 from sbv2_jax.convert.formats.files import new_file, read_json, write_json
-from sbv2_jax.data.prompts import describe_cut
-from sbv2_jax.data.text_prompts import TextPrompts
+from sbv2_jax.data.prompts import describe_cut, notes_of, open_prompts
+from sbv2_jax.data.text_prompts import clean_text
+from sbv2_jax.diffusion.schedule import is_guided
 from sbv2_jax.errors import InputError
-from sbv2_jax.generate.inference import check_prompts, load
+from sbv2_jax.generate.inference import check_numbers, check_prompts, load
 from sbv2_jax.generate.pictures import save_png, tile
 
 SETTINGS = "settings.json"
@@ -28,6 +29,7 @@ def draw(
     *,
     prompts: Sequence[str],
     prompts_file: str | None,
+    column: str = "",
     num: int,
     seed: int,
     noise_file: str | None,
@@ -45,7 +47,8 @@ def draw(
     """
     if bool(prompts) == bool(prompts_file):
         raise InputError("give either --prompt or --prompts")
-    given = list(TextPrompts(prompts_file)) if prompts_file else list(prompts)
+    check_numbers(seed=seed, steps=steps, guidance=guidance)
+    given, notes = _read_prompts(prompts_file, column) if prompts_file else (_cleaned(prompts), ())
     check_prompts(given)
     texts = [text for text in given for _ in range(num)]
     noise = _read_noise(noise_file, len(texts)) if noise_file else None
@@ -56,7 +59,7 @@ def draw(
         "seed": seed,
         "noise": None if noise is None else hashlib.sha256(noise).hexdigest(),
         "steps": steps,
-        "guidance": guidance,
+        "guidance": guidance if is_guided(guidance) else 1.0,
         "sampler": sampler,
     }
     path = Path(out)
@@ -69,7 +72,7 @@ def draw(
         _require_same(path, settings)
 
     pipeline = load(model)
-    if line := describe_cut(given, pipeline.tokenizer):
+    for line in (*notes, *filter(None, [describe_cut(given, pipeline.tokenizer)])):
         logging.warning(line)
     names = [path / f"{index:05d}.png" for index in range(len(texts))]
     todo = [index for index in range(len(texts)) if one_file or not names[index].exists()]
@@ -99,6 +102,19 @@ def draw(
     if one_file:
         save_png(path, tile(np.stack(pictures)))
     print(f"{len(todo)} picture(s): {path}")
+
+
+def _read_prompts(place: str, column: str) -> tuple[list[str], tuple[str, ...]]:
+    source = open_prompts(place, column)
+    return [source[index] for index in range(len(source))], notes_of(source)
+
+
+def _cleaned(prompts: Sequence[str]) -> list[str]:
+    """Returns prompts of the command line as they would be read from a file, so that both draw the same."""
+    try:
+        return [clean_text(prompt) for prompt in prompts]
+    except UnicodeEncodeError as error:
+        raise InputError("a --prompt is not UTF-8: give it in a file, saved as UTF-8") from error
 
 
 def _read_noise(path: str, count: int) -> np.ndarray:

@@ -53,7 +53,7 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
 def shrink(config: ConfigDict) -> None:
     """Shrinks a run, in place, to a minute on a laptop: the bundled pipeline, a few steps, one device."""
     config.update(steps=10, batch_size=8, accumulate=1, precision="float32", remat="none", programs="one")
-    config.update(teacher="bundled", prompts="openmoji", architecture="", resolution=0)
+    config.update(teacher="bundled", prompts="openmoji", prompts_column="", architecture="", resolution=0)
     config.student.init = "teacher"
     config.student.lora.update(rank=4, alpha=8.0)
     config.score.update(rank=4, alpha=8.0)

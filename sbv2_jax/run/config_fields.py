@@ -28,7 +28,14 @@ FIELDS: dict[str, Field] = {
     "prompts": Field(
         "openmoji",
         text(),
-        'A text file, one prompt a line; a TFDS or array_record directory; or "openmoji" (the captions of its world).',
+        "Files of prompts: text with one a line, CSV, TSV, JSON, JSON Lines or Parquet, also compressed, by pattern, "
+        'or several with commas between them; a TFDS or array_record directory; "openmoji" or "openmoji:COUNT"; or a '
+        'source of your own, "package.module:Source".',
+    ),
+    "prompts_column": Field(
+        "",
+        text(empty=True),
+        'The column or key of the prompts; "" is the one with a usual name, such as caption.',
     ),
     "student.init": Field(
         "teacher", text(), '"teacher", or where its UNet comes from: as for `teacher`, such as SD-Turbo.'

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.checkpoint.files import mounted, step_numbers
-from sbv2_jax.data.prompts import PromptSource, describe_cut, open_prompts, prompt_batches
+from sbv2_jax.data.prompts import PromptSource, describe_cut, notes_of, open_prompts, prompt_batches
 from sbv2_jax.devices import processes
 from sbv2_jax.devices.cache import use_cache
 from sbv2_jax.devices.sharding import Layout, batch_sharding
@@ -133,11 +133,12 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     config, run, layout = lay_out(config, read_parts(config), jax.devices(), device_memory())
     for pattern, leaves in layout.matches().items():
         logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)
-    source = open_prompts(config.prompts)
+    source = open_prompts(config.prompts, config.prompts_column)
     tokenizers = (run.parts.tokenizer, run.parts.clip_tokenizer)
     prompt_batches(source, config.batch_size, config.seed)  # too few prompts are an error here
-    if jax.process_index() == 0 and (cut := describe_cut(source, tokenizers[0])):
-        logging.warning(cut)
+    if jax.process_index() == 0:
+        for line in (*notes_of(source), *filter(None, [describe_cut(source, tokenizers[0])])):
+            logging.warning(line)
     start = None
     if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
         start = read_start(run, config.student.lora.init)

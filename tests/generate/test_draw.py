@@ -190,3 +190,54 @@ except cli.InputError as error:
 def test_prompts_that_are_cut_are_told(model, tmp_path, caplog):
     draw(model, str(tmp_path / "one.png"), **SETTINGS | {"prompts": ["dog " * 40, "dog"]})
     assert "1 of 2 prompts are longer than 12 tokens and are cut" in caplog.text
+
+
+def test_a_prompt_by_flag_and_the_same_by_file_are_one_picture(model, tmp_path):
+    prompts = ["a\u200b red\t apple\x07", "\u202ea  dog "]
+    (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
+    (tmp_path / "p.csv").write_text(
+        "id,words\n" + "\n".join(f"1,{text}" for text in prompts), encoding="utf-8"
+    )
+    (tmp_path / "p.json").write_text(json.dumps([{"caption": text} for text in prompts]))
+    out = tmp_path / "out"
+    draw(model, str(out), **SETTINGS | {"prompts": prompts})
+    before = files_of(out)
+    assert before["00000.png"] != before["00001.png"]
+    (out / "00001.png").unlink()  # drawn again, and the settings beside it are found to be the same
+    draw(model, str(out), **SETTINGS | {"prompts": [], "prompts_file": str(tmp_path / "p.txt")})
+    assert files_of(out).keys() == before.keys()
+    for name, column in (("p.txt", ""), ("p.csv", "words"), ("p.json", "")):
+        file = {"prompts": [], "prompts_file": str(tmp_path / name), "column": column}
+        draw(model, str(tmp_path / f"{name}.png"), **SETTINGS | file)
+    draw(model, str(tmp_path / "flag.png"), **SETTINGS | {"prompts": prompts})
+    want = (tmp_path / "flag.png").read_bytes()
+    assert all((tmp_path / f"{name}.png").read_bytes() == want for name in ("p.txt", "p.csv", "p.json"))
+
+
+def test_guidances_that_are_none_are_the_same_settings(model, tmp_path):
+    draw(model, str(tmp_path), **SETTINGS)
+    before = files_of(tmp_path)
+    for guidance in (0, 0.5):
+        draw(model, str(tmp_path), **SETTINGS | {"guidance": guidance})
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("wrong", [{"guidance": float("nan")}, {"seed": -1}, {"steps": 0}])
+def test_numbers_that_are_none_are_refused_before_the_model_is_loaded(no_model, tmp_path, wrong):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}=.* is expected"):
+        draw("bundled", str(tmp_path / "out"), **SETTINGS | wrong)
+
+
+def test_a_prompt_that_is_not_utf_8_is_one_line(no_model, tmp_path):
+    with pytest.raises(InputError, match="a --prompt is not UTF-8"):
+        draw("bundled", str(tmp_path / "out"), **SETTINGS | {"prompts": ["caf\udce9"]})
+
+
+def test_the_column_that_was_guessed_is_told(model, tmp_path, caplog):
+    (tmp_path / "p.csv").write_text("id,caption\n1,dog\n")
+    draw(
+        model,
+        str(tmp_path / "one.png"),
+        **SETTINGS | {"prompts": [], "prompts_file": str(tmp_path / "p.csv")},
+    )
+    assert "p.csv: the prompts are its column 'caption', of id, caption" in caplog.text
