@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from sbv2_jax import tree
 from sbv2_jax.checkpoint.files import (
@@ -35,6 +34,7 @@ from sbv2_jax.checkpoint.manifest import (
     write_manifest,
 )
 from sbv2_jax.checkpoint.restore import first_good, read_verified
+from sbv2_jax.devices import processes
 from sbv2_jax.errors import InputError
 
 # Orbax gives up on a write after ten minutes; a large state on a shared file system may need longer.
@@ -209,8 +209,11 @@ class Checkpoints:
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("checkpoint published")
+            with processes.together():  # published for all, or for none
+                self._raise_error()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
         if self._error is not None:
             raise CheckpointError(f"a checkpoint could not be written: {self._error}") from self._error
 
@@ -219,20 +222,26 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
+            self._release()
+
+    def _release(self) -> None:
+        self._checkpointer.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        try:
+        if kind is None:
             self.close()
-        except CheckpointError:
-            if kind is None:  # an error that is already on its way says more
-                raise
+            return
+        # An error that is already on its way says more; other processes may not have met it, so none is waited for.
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self._release()
 
 
 def _named(state: Any) -> dict[str, Any]:

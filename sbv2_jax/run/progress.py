@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sbv2_jax.convert.formats.component import load_component
+from sbv2_jax.devices import processes
 from sbv2_jax.devices.sharding import batch_sharding, shardings
 from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.generate.inference import Generator, GeneratorParams, generate, initial_noise, to_uint8
@@ -61,9 +62,10 @@ class ProgressGrid:
         """Writes the grid of this state; the averaged student where the run keeps an average."""
         weights = self._weights(state.ema or state.student, self._frozen.student)
         columns = self._columns | {"student, 1 step": self._pictures(self._student, weights)}
-        if jax.process_index() == 0:
-            side = next(iter(columns.values())).shape[1]
-            save_png(path, grid(columns, self._prompts, scale=max(1, 128 // side)))
+        with processes.together():
+            if jax.process_index() == 0:
+                side = next(iter(columns.values())).shape[1]
+                save_png(path, grid(columns, self._prompts, scale=max(1, 128 // side)))
 
     def _pictures(self, generator: Generator, unet: Params, **settings: float) -> np.ndarray:
         params = GeneratorParams(unet=unet, text_encoder=self._frozen.text_encoder, vae=self._vae)
