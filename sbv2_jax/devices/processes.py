@@ -94,9 +94,11 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        expected = isinstance(error, InputError | OSError)
+        if not expected and (said := _failures()):
+            _end_with(said)  # what JAX makes of a peer that has gone says less
         # The thread goes on: an error is no end yet, for a saver or JAX's own farewell may wait for the others.
-        code = 2 if isinstance(error, InputError | OSError) else 1
-        _tell(code, str(error) or type(error).__name__)
+        _tell(2 if expected else 1, str(error) or type(error).__name__)
         raise
     finished.set()
 
@@ -124,30 +126,35 @@ def _tell(code: int, message: str) -> None:
         )
 
 
+def _failures() -> dict[int, str]:
+    """Returns what the processes that fail have said, by their numbers."""
+    with contextlib.suppress(Exception):
+        said = distributed.global_state.client.key_value_dir_get(_FAILED)
+        return {int(key.rpartition("/")[2]): value for key, value in said}
+    return {}
+
+
 def _watch(finished: threading.Event) -> None:
     """Waits for the first process that says that it fails, and ends this one unless all do."""
-    client, own, count = distributed.global_state.client, jax.process_index(), jax.process_count()
-
-    def failed() -> dict[int, str]:
-        with contextlib.suppress(Exception):
-            said = client.key_value_dir_get(_FAILED)
-            return {int(key.rpartition("/")[2]): value for key, value in said}
-        return {}
-
-    while not failed():
+    while not _failures():
         if finished.wait(_POLL_SECONDS):
             return
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline:
-        if len(failed()) == count or finished.wait(_POLL_SECONDS):
+        if len(_failures()) == jax.process_count() or finished.wait(_POLL_SECONDS):
             return
-    said = failed()
+    _end_with(_failures())
+
+
+def _end_with(said: dict[int, str]) -> NoReturn:
+    """Ends this process as the first of those that fail does."""
+    own = jax.process_index()
     first = own if own in said else min(said)
     code, _, line = said[first].partition(" ")
     if first != own:
         print(f"error: process {first}: {line}", file=sys.stderr, flush=True)
     if own == 0:
-        time.sleep(4 * _POLL_SECONDS)
+        time.sleep(4 * _POLL_SECONDS)  # with it ends the service by which the others learn
     os._exit(int(code))
 
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +36,17 @@ from sbv2_jax.run.log import MetricsLog
 from sbv2_jax.run.memory_estimate import device_memory
 from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption, ends_at_once
 from sbv2_jax.run.progress import ProgressGrid
+from sbv2_jax.run.sources import PLACES, Files, Source, check_forced, sources_of
 from sbv2_jax.run.watchdog import watchdog
 
 
-def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, force: bool = False) -> int:
+def train(
+    config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, force: bool | Sequence[str] = False
+) -> int:
     """Runs a distillation to its last step, from where `workdir` left off, and exports the student.
 
-    `dry_run` prints what would be held where and stops; `force` resumes in spite of a changed configuration.
+    `dry_run` prints what would be held where and stops; `force` resumes in spite of what is changed: all of
+    it, or the fields and sources of these names.
     Returns the exit code: 0, or EXIT_PREEMPTED after SIGTERM or SIGINT.
     Raises InputError for whatever is wrong with the input, before anything is written.
     """
@@ -81,7 +86,9 @@ class Ready:
     step: TrainStep | None
 
 
-def make_ready(config: ConfigDict, workdir: Path, force: bool, held: contextlib.ExitStack) -> Ready:
+def make_ready(
+    config: ConfigDict, workdir: Path, force: bool | Sequence[str], held: contextlib.ExitStack
+) -> Ready:
     """Opens the run's directory, restores or makes its state, and compiles its step; `held` closes what is open."""
     with processes.together():
         prepared = prepare(config, workdir)
@@ -89,7 +96,10 @@ def make_ready(config: ConfigDict, workdir: Path, force: bool, held: contextlib.
     if jax.process_count() > 1:
         # Process 0 alone keeps what it compiled: the others find it only in a directory that all see.
         use_cache(workdir / "compiled")
-    run, layout, source, tokenizers, start = prepared
+    run, layout, source, tokenizers, start, files, sources = prepared
+    processes.require_same("the content of the models", json.dumps(sources))
+    if not isinstance(force, bool):
+        check_forced(force, config, sources)
     frozen = load_frozen(run, tokenizers[0].encode([""])[0], layout.frozen)
     with processes.together():
         checkpoints = Checkpoints(
@@ -97,7 +107,9 @@ def make_ready(config: ConfigDict, workdir: Path, force: bool, held: contextlib.
             keep=config.checkpoint.keep,
             config=config.to_dict(),
             fingerprint=source.fingerprint(),
+            sources=sources,
             may_change=may_change(config),
+            places=PLACES,
             force=force,
         )
     held.enter_context(checkpoints)
@@ -105,7 +117,9 @@ def make_ready(config: ConfigDict, workdir: Path, force: bool, held: contextlib.
     restored = checkpoints.restore(layout.abstract[0])
     first, state = restored[:2] if restored else (0, load_state(run, layout.state, start))
     with processes.together():
-        write_config(workdir / "config.json", config)
+        if jax.process_index() == 0:
+            files.remember()
+            write_config(workdir / "config.json", config)
     grid = None
     if config.sample.every:
         grid = ProgressGrid(run, frozen, tokenizers[0], tuple(config.sample.prompts), layout.mesh)
@@ -174,6 +188,8 @@ class Prepared(NamedTuple):
     source: PromptSource
     tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None]
     start: dict[str, np.ndarray] | None
+    files: Files
+    sources: dict[str, Source]
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Prepared:
@@ -189,7 +205,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     start = None
     if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
         start = read_start(run, config.student.lora.init)
-    return Prepared(run, layout, source, tokenizers, start)
+    files = Files(workdir)
+    return Prepared(run, layout, source, tokenizers, start, files, sources_of(run.parts, files))
 
 
 def compiled(config: ConfigDict, run: Run, layout: Layout) -> TrainStep:
@@ -219,13 +236,12 @@ def next_batch(
 
 def write_config(path: Path, config: ConfigDict) -> None:
     """Writes the run's configuration as JSON, in one rename; raises InputError where it cannot be written."""
-    if jax.process_index() == 0:
-        scratch = path.with_suffix(".json.tmp")
-        try:
-            scratch.write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
-            scratch.replace(path)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    scratch = path.with_suffix(".json.tmp")
+    try:
+        scratch.write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def sample_path(workdir: Path, step: int) -> Path:
