@@ -32,6 +32,7 @@ from sbv2_jax.run.config import may_change, validate
 from sbv2_jax.run.dry_run import dry_run as dry_run_report
 from sbv2_jax.run.export import export_student
 from sbv2_jax.run.guard import Guard
+from sbv2_jax.run.health import Health
 from sbv2_jax.run.log import MetricsLog
 from sbv2_jax.run.memory_estimate import device_memory
 from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption, ends_at_once
@@ -154,16 +155,19 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
     Raises InputError, in every process, for what cannot be written, and as `Guard` does.
     """
     checkpoints, grid, first = ready.checkpoints, ready.grid, ready.first
-    guard = Guard(workdir, config.limits.latents_std)
+    guard, health = Guard(workdir, config.limits.latents_std), Health(config, ready.state)
     with Preemption() as preemption, contextlib.ExitStack() as stack:
         with processes.together():
             log = MetricsLog(workdir, steps=config.steps, batch_size=config.batch_size, resume_step=first)
         stack.enter_context(log)
         for number in range(first + 1, config.steps + 1):
             with watchdog(number, config.limits.step_seconds):
+                begin = time.monotonic()
                 batch = next_batch(ready.batches, ready.tokenizers, ready.mesh)
                 ready.state, metrics = ready.step(ready.state, ready.frozen, batch)
                 metrics = jax.device_get(metrics)
+                seconds = time.monotonic() - begin
+                metrics |= health.metrics(number, seconds, skipped=bool(metrics["skipped"]))
                 with processes.together():
                     log.write(number, metrics)
                 preempted = preemption.requested()
