@@ -16,7 +16,9 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0,
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
 _POD = flags.DEFINE_boolean("pod", False, "Find the other processes by a TPU pod's metadata, SLURM or MPI.")
-_FORCE = flags.DEFINE_boolean("force", False, "Resume in spite of a changed configuration.")
+_FORCE = cli.define_force(
+    "force", "Resume in spite of what has changed: --force, or --force=student.lr,teacher."
+)
 
 
 def main() -> int:

@@ -208,6 +208,31 @@ def _help(config_fields: Mapping[str, fields.Field]) -> str:
     return text.strip()
 
 
+class _ForceParser(flags.ArgumentParser):
+    """Reads a flag that may stand alone, or have names: True, False, or a tuple of them."""
+
+    def parse(self, argument: Any) -> bool | tuple[str, ...]:
+        words = {"true": True, "false": False}
+        if isinstance(argument, bool):
+            return argument
+        if argument in words:
+            return words[argument]
+        names = tuple(filter(None, (name.strip() for name in argument.split(","))))
+        if not names:
+            raise ValueError("names are expected after the =")
+        return names
+
+    def flag_type(self) -> str:
+        return "names"
+
+
+def define_force(name: str, explanation: str) -> flags.FlagHolder:
+    """Defines a flag that is given alone, `--NAME`, for all, or with names, `--NAME=A,B`, for these."""
+    flag = flags.Flag(_ForceParser(), None, name, False, explanation)
+    flag.boolean = True  # else absl would take the next word of the command line for its value
+    return flags.DEFINE_flag(flag)
+
+
 def _doc(command: Command) -> str:
     return (command.call.__doc__ or "").strip()
 

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Manifest:
     leaves: dict[str, dict[str, Any]]
     files: dict[str, int]
     versions: dict[str, str]
+    # By content, {name: {"sha256": ...}}: what the run is made from. Empty in checkpoints older than this field.
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -138,16 +140,37 @@ def unlike_leaves(stored: Mapping[str, Mapping], abstract: Mapping[str, Any]) ->
     return lines
 
 
-def changed_fields(saved: Mapping, current: Mapping, may_change: Sequence[str]) -> list[str]:
-    """Returns one line for every config field that differs, but for `may_change`: dotted fields or groups."""
+def changed_fields(saved: Mapping, current: Mapping) -> dict[str, str]:
+    """Returns one line for every config field that differs, by the field's dotted name."""
     old, new = flatten(saved), flatten(current)
-    lines = []
-    for field in sorted(old.keys() | new.keys()):
-        if any(field == name or field.startswith(name + ".") for name in may_change):
-            continue
-        if old.get(field, _ABSENT) != new.get(field, _ABSENT):
-            lines.append(f"{field} was {old.get(field, _ABSENT)!r}, is {new.get(field, _ABSENT)!r}")
-    return lines
+    return {
+        name: f"{name} was {old.get(name, _ABSENT)!r}, is {new.get(name, _ABSENT)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, _ABSENT) != new.get(name, _ABSENT)
+    }
+
+
+def changed_sources(
+    saved: Mapping[str, Mapping[str, str]], current: Mapping[str, Mapping[str, str]]
+) -> dict[str, str]:
+    """Returns one line for every source of another content, by its name."""
+
+    def said(source: Mapping[str, str] | None) -> str:
+        if source is None:
+            return "absent"
+        commit = f" of commit {source['commit'][:12]}" if "commit" in source else ""
+        return f"sha256 {source['sha256'][:12]}{commit}"
+
+    return {
+        name: f"the files of {name} were {said(saved.get(name))}, are {said(current.get(name))}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name, {}).get("sha256") != current.get(name, {}).get("sha256")
+    }
+
+
+def among(name: str, names: Sequence[str]) -> bool:
+    """Whether a dotted name is one of these, or in one of these groups."""
+    return any(name == each or name.startswith(each + ".") for each in names)
 
 
 class _Absent:

@@ -1,8 +1,9 @@
 """Writing checkpoints in the background, and the directory of one run that owns them."""
 
+import contextlib
 import threading
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from absl import logging
 
 from sbv2_jax import tree
 from sbv2_jax.checkpoint.files import (
@@ -26,7 +27,9 @@ from sbv2_jax.checkpoint.files import (
 from sbv2_jax.checkpoint.manifest import (
     CheckpointError,
     Manifest,
+    among,
     changed_fields,
+    changed_sources,
     describe,
     host_copy,
     json_digest,
@@ -35,10 +38,12 @@ from sbv2_jax.checkpoint.manifest import (
     write_manifest,
 )
 from sbv2_jax.checkpoint.restore import first_good, read_verified
+from sbv2_jax.devices import processes
 from sbv2_jax.errors import InputError
 
 # Orbax gives up on a write after ten minutes; a large state on a shared file system may need longer.
 _WRITE_SECONDS = 3600
+_VERSIONS = ("sbv2_jax", "jax", "orbax-checkpoint")
 
 
 class Checkpoints:
@@ -55,8 +60,10 @@ class Checkpoints:
         keep: int,
         config: dict[str, Any],
         fingerprint: str = "",
+        sources: Mapping[str, Mapping[str, str]] | None = None,
         may_change: Sequence[str] = (),
-        force: bool = False,
+        places: Sequence[str] = (),
+        force: bool | Sequence[str] = False,
         asynchronous: bool = True,
     ):
         """Opens, and locks, the directory.
@@ -65,9 +72,11 @@ class Checkpoints:
           directory: a path on a local or shared file system; made if it is not there.
           keep: how many finished steps to keep; older ones are deleted after a newer one is safe.
           config: the run's configuration, stored with each step and compared at restore.
-          fingerprint: identifies the prompt data; compared at restore too.
+          fingerprint: identifies the prompt data; compared at restore too, by the name of "prompts".
+          sources: {name: {"sha256": ...}} of all else that the run is made from; compared at restore too.
           may_change: dotted config fields, or groups of them, that may differ at restore.
-          force: restore in spite of another configuration or other data.
+          places: config fields that say where sources are: they may differ where the contents are compared.
+          force: restore in spite of another configuration, source or data: of any, or of those with these names.
           asynchronous: write in the background; otherwise `save` returns when the step is safe.
 
         Raises InputError where another process holds the directory or where it cannot be written.
@@ -76,7 +85,9 @@ class Checkpoints:
         self._keep = max(1, keep)
         self._config = config
         self._fingerprint = fingerprint
+        self._sources = {name: dict(source) for name, source in (sources or {}).items()}
         self._may_change = tuple(may_change)
+        self._places = tuple(places)
         self._force = force
         self._asynchronous = asynchronous
         self._primary = jax.process_index() == 0
@@ -107,7 +118,8 @@ class Checkpoints:
             extra=extra or {},
             leaves={},
             files={},
-            versions={name: version(name) for name in ("jax", "orbax-checkpoint")},
+            versions=_versions(),
+            sources=self._sources,
         )
         json_digest(manifest.extra)  # what JSON cannot hold fails here, not in the background
         for leaf in leaves.values():
@@ -195,22 +207,35 @@ class Checkpoints:
         if unlike:
             listed = "; ".join(unlike)
             raise InputError(f"{directory} does not fit the model in {len(unlike)} leaves: {listed}")
-        changed = changed_fields(manifest.config, self._config, self._may_change)
+        changed = changed_fields(manifest.config, self._config)
+        free = self._may_change
+        if manifest.sources:
+            free += self._places
+        changed = {name: line for name, line in changed.items() if not among(name, free)}
+        if manifest.sources:
+            changed |= changed_sources(manifest.sources, self._sources)
         if manifest.fingerprint != self._fingerprint:
-            changed.append(f"the prompt data was {manifest.fingerprint!r}, is {self._fingerprint!r}")
-        if changed and not self._force:
-            raise InputError(
-                f"{directory} was saved by another configuration: {'; '.join(changed)} "
-                "(use another directory, or launch/train.py's --force)"
-            )
+            changed["prompts"] = f"the prompt data was {manifest.fingerprint!r}, is {self._fingerprint!r}"
+        if self._force is not True:
+            changed = {name: line for name, line in changed.items() if not among(name, self._force or ())}
+            if changed:
+                raise InputError(
+                    f"{directory} was saved by another configuration: {'; '.join(changed.values())} "
+                    f"(use another directory, or, where it is meant, --force={','.join(changed)})"
+                )
+        if self._primary:
+            _tell_versions(manifest.versions)
 
     def wait(self) -> None:
         """Waits until the last save is safe on the disk; raises its error, now and at every later call."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("checkpoint published")
+            with processes.together():  # published for all, or for none
+                self._raise_error()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
         if self._error is not None:
             raise CheckpointError(f"a checkpoint could not be written: {self._error}") from self._error
 
@@ -219,20 +244,44 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
+            self._release()
+
+    def _release(self) -> None:
+        self._checkpointer.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        try:
+        if kind is None:
             self.close()
-        except CheckpointError:
-            if kind is None:  # an error that is already on its way says more
-                raise
+            return
+        # An error that is already on its way says more; other processes may not have met it, so none is waited for.
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self._release()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):  # a package that runs where it lies, not installed
+            found[name] = version(name)
+    return found
+
+
+def _tell_versions(saved: Mapping[str, str]) -> None:
+    now = _versions()
+    if other := [
+        f"{name} {saved[name]}, now {now[name]}" for name in now if name in saved and saved[name] != now[name]
+    ]:
+        logging.warning(
+            "the checkpoint was saved by %s: the run goes on, not to the same bits", "; ".join(other)
+        )
 
 
 def _named(state: Any) -> dict[str, Any]:

@@ -3,12 +3,19 @@
 import contextlib
 import hashlib
 import os
+import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
+
+# JAX has no public way to the service by which its processes find each other; Orbax takes this one too.
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from sbv2_jax.errors import InputError
@@ -16,6 +23,11 @@ from sbv2_jax.errors import InputError
 _MESSAGE_BYTES = 1000
 # What the launchers that JAX can read set for each process of several.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# Where a process that fails says so: the exit code and one line, under its number.
+_FAILED = "sbv2_jax/failed/"
+_POLL_SECONDS = 0.25
+# So long a process may take to fail by itself of what failed another, before it is ended.
+_GRACE_SECONDS = 3.0
 
 
 def join(coordinator: str | None, count: int | None, index: int | None, *, pod: bool = False) -> bool:
@@ -56,8 +68,8 @@ def together() -> Iterator[None]:
     message, own = "", None
     try:
         yield
-    except (InputError, OSError) as error:
-        message, own = str(error), error
+    except Exception as error:  # noqa: BLE001 (whatever it is, the others must not wait)
+        message, own = str(error) or type(error).__name__, error
     if jax.process_count() > 1:
         messages = _shared(message)
         failed = [number for number, each in enumerate(messages) if each]
@@ -65,6 +77,85 @@ def together() -> Iterator[None]:
             raise InputError(f"process {failed[0]}: {messages[failed[0]]}")
     if own is not None:
         raise own
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Ends all processes within seconds of an error that one of them alone meets, wherever the others are.
+
+    The others print it as `error: process N: ...` and exit with its code: 2 where the input or the system is to
+    blame, else 1. What all meet within a few seconds, as by `together`, each is left to end by itself.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    finished = threading.Event()
+    threading.Thread(target=_watch, args=(finished,), name="others", daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        expected = isinstance(error, InputError | OSError)
+        if not expected and (said := _failures()):
+            _end_with(said)  # what JAX makes of a peer that has gone says less
+        # The thread goes on: an error is no end yet, for a saver or JAX's own farewell may wait for the others.
+        _tell(2 if expected else 1, str(error) or type(error).__name__)
+        raise
+    finished.set()
+
+
+def end(code: int, message: str) -> NoReturn:
+    """Prints a line on stderr and ends this process at once with an exit code, and so all others of the run.
+
+    Nothing is waited for and nothing written: to be called from any thread, whatever the others of it do.
+    """
+    print(message, file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        _tell(code, message)
+        if jax.process_index() == 0:
+            time.sleep(
+                _GRACE_SECONDS + 4 * _POLL_SECONDS
+            )  # with it ends the service by which the others learn
+    os._exit(code)
+
+
+def _tell(code: int, message: str) -> None:
+    line = " ".join(message.split())
+    with contextlib.suppress(Exception):  # the service may be what has failed
+        distributed.global_state.client.key_value_set(
+            f"{_FAILED}{jax.process_index()}", f"{code} {line[:_MESSAGE_BYTES]}", allow_overwrite=True
+        )
+
+
+def _failures() -> dict[int, str]:
+    """Returns what the processes that fail have said, by their numbers."""
+    with contextlib.suppress(Exception):
+        said = distributed.global_state.client.key_value_dir_get(_FAILED)
+        return {int(key.rpartition("/")[2]): value for key, value in said}
+    return {}
+
+
+def _watch(finished: threading.Event) -> None:
+    """Waits for the first process that says that it fails, and ends this one unless all do."""
+    while not _failures():
+        if finished.wait(_POLL_SECONDS):
+            return
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < deadline:
+        if len(_failures()) == jax.process_count() or finished.wait(_POLL_SECONDS):
+            return
+    _end_with(_failures())
+
+
+def _end_with(said: dict[int, str]) -> NoReturn:
+    """Ends this process as the first of those that fail does."""
+    own = jax.process_index()
+    first = own if own in said else min(said)
+    code, _, line = said[first].partition(" ")
+    if first != own:
+        print(f"error: process {first}: {line}", file=sys.stderr, flush=True)
+    if own == 0:
+        time.sleep(4 * _POLL_SECONDS)  # with it ends the service by which the others learn
+    os._exit(int(code))
 
 
 def require_same(name: str, value: str) -> None:

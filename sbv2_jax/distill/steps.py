@@ -230,7 +230,10 @@ def pull(
             features = models.clip_image(frozen.clip, pictures).astype(jnp.float32)
             clip = jnp.mean(losses.clamped_clip_loss(features, clip_text, objective.clip_tau))
             total += clip_weight * clip
-            metrics |= {"loss/clip": clip, "clip/cosine": jnp.mean(losses.cosine(features, clip_text))}
+            cosine = losses.cosine(features, clip_text)
+            # A sample under the clamp is left alone.
+            metrics |= {"loss/clip": clip, "clip/cosine": jnp.mean(cosine)}
+            metrics["clip/clamped"] = jnp.mean((cosine >= objective.clip_tau).astype(jnp.float32))
         return total, metrics
 
     def one_pass(*args: Any) -> tuple[Metrics, jax.Array]:

@@ -28,9 +28,13 @@ _CITATION = """
 """
 
 
+class AnotherWorld(InputError):
+    """Raised where files of the same name are of another seed, other identities or another number of pictures."""
+
+
 @dataclasses.dataclass
 class OpenMojiConfig(tfds.core.BuilderConfig):
-    """The number of pictures of each split and the seed of the world."""
+    """The number of pictures of each split, which may be none, and the seed of the world."""
 
     train: int = 40_000
     validation: int = 5_000
@@ -80,7 +84,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager) -> dict:
-        return {split: self._generate_examples(split) for split in SPLITS}
+        return {split: self._generate_examples(split) for split in _splits(self.builder_config)}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
         for index in range(getattr(self.builder_config, split)):
@@ -101,21 +105,24 @@ def sources(data_dir: str, config: str | OpenMojiConfig = "full") -> dict:
     """Returns {split: random-access source of dicts}, preparing the files under `data_dir` the first time.
 
     `image` is uint8 [64, 64, 3], `caption` and `identity` are bytes, the other facts are class indices.
-    Raises InputError when the [openmoji] extra is not installed, or when the files under `data_dir` are of
-    another world (seed, identities, number of pictures) under the same name.
+    Raises InputError when the [openmoji] extra is not installed, and AnotherWorld.
     """
     builder = OpenMoji(data_dir=data_dir, config=config, file_format="array_record")
     builder.download_and_prepare()
     _check(builder)
-    return {split: builder.as_data_source(split=split) for split in SPLITS}
+    return {split: builder.as_data_source(split=split) for split in _splits(builder.builder_config)}
+
+
+def _splits(config: OpenMojiConfig) -> list[str]:
+    return [split for split in SPLITS if getattr(config, split)]
 
 
 def _check(builder: OpenMoji) -> None:
     wanted = builder.builder_config
     found = json.loads((builder.data_path / "metadata.json").read_text())["manifest"]
-    counts = {split: builder.info.splits[split].num_examples for split in SPLITS}
-    if found != openmoji.manifest(wanted.seed) or any(counts[s] != getattr(wanted, s) for s in SPLITS):
-        raise InputError(
+    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if found != openmoji.manifest(wanted.seed) or any(counts.get(s, 0) != getattr(wanted, s) for s in SPLITS):
+        raise AnotherWorld(
             f"{builder.data_path}: holds another OpenMoji world (seed {found['seed']}, pictures {counts}): "
             "remove it, or use another directory or config name"
         )

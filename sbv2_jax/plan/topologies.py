@@ -16,7 +16,7 @@ class Chip:
 
     `usable` is the memory in bytes that the compiler lets a program have. `flops` is the peak of bfloat16
     products, in FLOP/s, `bandwidth` that of the memory and `links` that of all links to other chips, in
-    bytes/s; `largest_slice` is how many chips such links join at most. Source: the pages of the generations in
+    bytes/s; `largest_slice` is how many devices such links join at most. Source: the pages of the generations in
     Google's Cloud TPU documentation; `usable` is what the compiler says when a program is too large.
     """
 
@@ -41,6 +41,10 @@ CHIPS = {
     "v5e": Chip(usable=15.75 * GIB, flops=197e12, bandwidth=0.82e12, links=200e9, largest_slice=256),
     "v5p": Chip(usable=95.7 * GIB, flops=459e12, bandwidth=2.765e12, links=600e9, largest_slice=6144),
     "v6e": Chip(usable=31.2 * GIB, flops=918e12, bandwidth=1.64e12, links=448e9, largest_slice=256),
+    # A chip of this one, TPU v7 "Ironwood", has two devices, and each half of its memory, arithmetic and links.
+    "tpu7x": Chip(
+        usable=94.75 * GIB, flops=1153.5e12, bandwidth=3.69e12, links=600e9, largest_slice=2 * 9216
+    ),
 }
 
 

@@ -13,7 +13,19 @@ from sbv2_jax.fields import build, check_fields, words
 from sbv2_jax.run.config_fields import FIELDS
 
 # Fields that a resumed run may change freely: they alter no number of a step by more than rounding.
-_MAY_CHANGE = ("checkpoint", "sample", "mesh", "remat", "attention", "programs", "student.lora.init")
+_MAY_CHANGE = (
+    "accumulate",
+    "architecture",
+    "attention",
+    "checkpoint",
+    "clip.passes",
+    "limits",
+    "mesh",
+    "programs",
+    "remat",
+    "sample",
+    "student.lora.init",
+)
 
 
 def default_config() -> ConfigDict:

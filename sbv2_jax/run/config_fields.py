@@ -162,6 +162,16 @@ FIELDS: dict[str, Field] = {
     ),
     "checkpoint.every": Field(500, whole(1), "Steps between checkpoints."),
     "checkpoint.keep": Field(3, whole(1), "How many of the newest checkpoints to keep."),
+    "limits.step_seconds": Field(
+        0.0,
+        number(0),
+        "A step that takes longer dumps its stacks and ends the run, exit code 70; 0 waits for ever.",
+    ),
+    "limits.latents_std": Field(
+        0.0,
+        number(0),
+        "A run whose `latents/std` is above it ends, before that step is saved; 0 lets all pass.",
+    ),
     "sample.every": Field(500, whole(0), "Steps between sample pictures; 0 draws none."),
     "sample.prompts": Field(
         ("a red apple on a blue background", "a smiling cat"), strings, "What the sample pictures show."

@@ -1,7 +1,10 @@
 """The training loop: what happens in a run, in order."""
 
+import contextlib
+import dataclasses
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +19,7 @@ from sbv2_jax.data.prompts import PromptSource, describe_cut, notes_of, open_pro
 from sbv2_jax.devices import processes
 from sbv2_jax.devices.cache import use_cache
 from sbv2_jax.devices.sharding import Layout, batch_sharding
+from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.distill.steps import Batch
 from sbv2_jax.distill.train_step import TrainStep
 from sbv2_jax.errors import InputError
@@ -27,19 +31,23 @@ from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import may_change, validate
 from sbv2_jax.run.dry_run import dry_run as dry_run_report
 from sbv2_jax.run.export import export_student
+from sbv2_jax.run.guard import Guard
+from sbv2_jax.run.health import Health
 from sbv2_jax.run.log import MetricsLog
 from sbv2_jax.run.memory_estimate import device_memory
-from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption
+from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption, ends_at_once
 from sbv2_jax.run.progress import ProgressGrid
+from sbv2_jax.run.sources import PLACES, Files, Source, check_forced, sources_of
+from sbv2_jax.run.watchdog import watchdog
 
-# So many steps in a row without a finite loss: the run has diverged and no longer recovers.
-MOST_SKIPPED = 20
 
-
-def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, force: bool = False) -> int:
+def train(
+    config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, force: bool | Sequence[str] = False
+) -> int:
     """Runs a distillation to its last step, from where `workdir` left off, and exports the student.
 
-    `dry_run` prints what would be held where and stops; `force` resumes in spite of a changed configuration.
+    `dry_run` prints what would be held where and stops; `force` resumes in spite of what is changed: all of
+    it, or the fields and sources of these names.
     Returns the exit code: 0, or EXIT_PREEMPTED after SIGTERM or SIGINT.
     Raises InputError for whatever is wrong with the input, before anything is written.
     """
@@ -48,74 +56,132 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
     if dry_run:
         print(dry_run_report(config, assemble(config, read_parts(config, dry_run=True))))
         return 0
+    with processes.ending_together(), contextlib.ExitStack() as held:
+        with ends_at_once():
+            ready = make_ready(config, workdir, force, held)
+        stopped = advance(config, workdir, ready)
+        held.close()  # the last step is safe
+        if stopped:
+            return EXIT_PREEMPTED
+        export = workdir / "export"
+        export_student(ready.run, ready.state, export)
+    if jax.process_index() == 0:
+        prompt = config.sample.prompts[0] if config.sample.prompts else "a red apple"
+        print(f'python launch/generate.py --model={export} --prompt="{prompt}" --out=one.png')
+    return 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Ready:
+    """All that the steps of a run need; `first` steps are done, and `step` is None where none is left."""
+
+    run: Run
+    mesh: jax.sharding.Mesh
+    tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None]
+    checkpoints: Checkpoints
+    first: int
+    state: TrainState
+    frozen: Frozen
+    grid: ProgressGrid | None
+    batches: Iterator[list[str]]
+    step: TrainStep | None
+
+
+def make_ready(
+    config: ConfigDict, workdir: Path, force: bool | Sequence[str], held: contextlib.ExitStack
+) -> Ready:
+    """Opens the run's directory, restores or makes its state, and compiles its step; `held` closes what is open."""
     with processes.together():
         prepared = prepare(config, workdir)
     processes.require_same("the configuration", config.to_json_best_effort())
     if jax.process_count() > 1:
         # Process 0 alone keeps what it compiled: the others find it only in a directory that all see.
         use_cache(workdir / "compiled")
-    run, layout, source, tokenizers, start = prepared
-    mesh = layout.mesh
+    run, layout, source, tokenizers, start, files, sources = prepared
+    processes.require_same("the content of the models", json.dumps(sources))
+    if not isinstance(force, bool):
+        check_forced(force, config, sources)
     frozen = load_frozen(run, tokenizers[0].encode([""])[0], layout.frozen)
-
     with processes.together():
         checkpoints = Checkpoints(
             workdir / "checkpoints",
             keep=config.checkpoint.keep,
             config=config.to_dict(),
             fingerprint=source.fingerprint(),
+            sources=sources,
             may_change=may_change(config),
+            places=PLACES,
             force=force,
         )
+    held.enter_context(checkpoints)
     processes.require_shared(workdir)
-    with checkpoints, Preemption() as preemption:
-        restored = checkpoints.restore(layout.abstract[0])
-        first, state = restored[:2] if restored else (0, load_state(run, layout.state, start))
-        write_config(workdir / "config.json", config)
-        grid = None
-        if config.sample.every:
-            grid = ProgressGrid(run, frozen, tokenizers[0], tuple(config.sample.prompts), mesh)
-            if not restored:
-                grid.draw(state, sample_path(workdir, 0))
-        batches = prompt_batches(
-            source,
-            config.batch_size,
-            config.seed,
-            first,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        if first < config.steps:  # else only the export is left to do
-            step = compiled(config, run, layout)
-        with MetricsLog(workdir, steps=config.steps, batch_size=config.batch_size, resume_step=first) as log:
-            skipped = 0
-            for number in range(first + 1, config.steps + 1):
-                state, metrics = step(state, frozen, next_batch(batches, tokenizers, mesh))
-                metrics = jax.device_get(metrics)
-                log.write(number, metrics)
-                skipped = skipped + 1 if metrics["skipped"] else 0
-                if skipped == MOST_SKIPPED:
-                    raise InputError(
-                        f"the loss or its gradient was not finite in {skipped} steps in a row, up to step "
-                        f"{number}: lower the learning rates; the checkpoints before are kept in {workdir}"
-                    )
-                preempted = preemption.requested()
-                if preempted or number == config.steps or number % config.checkpoint.every == 0:
-                    checkpoints.save(number, state)
-                if grid and (number == config.steps or number % config.sample.every == 0):
-                    grid.draw(state, sample_path(workdir, number))
-                if preempted:
-                    logging.warning(
-                        "stopped after step %d, which is saved: run the same command to go on", number
-                    )
-                    return EXIT_PREEMPTED
+    restored = checkpoints.restore(layout.abstract[0])
+    first, state = restored[:2] if restored else (0, load_state(run, layout.state, start))
+    with processes.together():
+        if jax.process_index() == 0:
+            files.remember()
+            write_config(workdir / "config.json", config)
+    grid = None
+    if config.sample.every:
+        grid = ProgressGrid(run, frozen, tokenizers[0], tuple(config.sample.prompts), layout.mesh)
+        if not restored:
+            grid.draw(state, sample_path(workdir, 0))
+    batches = prompt_batches(
+        source,
+        config.batch_size,
+        config.seed,
+        first,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return Ready(
+        run=run,
+        mesh=layout.mesh,
+        tokenizers=tokenizers,
+        checkpoints=checkpoints,
+        first=first,
+        state=state,
+        frozen=frozen,
+        grid=grid,
+        batches=batches,
+        # else only the export is left to do
+        step=compiled(config, run, layout) if first < config.steps else None,
+    )
 
-    export = workdir / "export"
-    export_student(run, state, export)
-    if jax.process_index() == 0:
-        prompt = config.sample.prompts[0] if config.sample.prompts else "a red apple"
-        print(f'python launch/generate.py --model={export} --prompt="{prompt}" --out=one.png')
-    return 0
+
+def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
+    """Runs the steps that are left, and returns whether a signal ended them before the last; `ready.state` advances.
+
+    Raises InputError, in every process, for what cannot be written, and as `Guard` does.
+    """
+    checkpoints, grid, first = ready.checkpoints, ready.grid, ready.first
+    guard, health = Guard(workdir, config.limits.latents_std), Health(config, ready.state)
+    with Preemption() as preemption, contextlib.ExitStack() as stack:
+        with processes.together():
+            log = MetricsLog(workdir, steps=config.steps, batch_size=config.batch_size, resume_step=first)
+        stack.enter_context(log)
+        for number in range(first + 1, config.steps + 1):
+            with watchdog(number, config.limits.step_seconds):
+                begin = time.monotonic()
+                batch = next_batch(ready.batches, ready.tokenizers, ready.mesh)
+                ready.state, metrics = ready.step(ready.state, ready.frozen, batch)
+                metrics = jax.device_get(metrics)
+                seconds = time.monotonic() - begin
+                metrics |= health.metrics(number, seconds, skipped=bool(metrics["skipped"]))
+                with processes.together():
+                    log.write(number, metrics)
+                preempted = preemption.requested()
+            guard.check(number, metrics)
+            if preempted or number == config.steps or number % config.checkpoint.every == 0:
+                checkpoints.save(number, ready.state)
+            if grid and (number == config.steps or number % config.sample.every == 0):
+                grid.draw(ready.state, sample_path(workdir, number))
+            if preempted:
+                logging.warning(
+                    "stopped after step %d, which is saved: run the same command to go on", number
+                )
+                return True
+    return False
 
 
 class Prepared(NamedTuple):
@@ -126,6 +192,8 @@ class Prepared(NamedTuple):
     source: PromptSource
     tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None]
     start: dict[str, np.ndarray] | None
+    files: Files
+    sources: dict[str, Source]
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Prepared:
@@ -142,7 +210,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     start = None
     if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
         start = read_start(run, config.student.lora.init)
-    return Prepared(run, layout, source, tokenizers, start)
+    files = Files(workdir)
+    return Prepared(run, layout, source, tokenizers, start, files, sources_of(run.parts, files))
 
 
 def compiled(config: ConfigDict, run: Run, layout: Layout) -> TrainStep:
@@ -172,13 +241,12 @@ def next_batch(
 
 def write_config(path: Path, config: ConfigDict) -> None:
     """Writes the run's configuration as JSON, in one rename; raises InputError where it cannot be written."""
-    if jax.process_index() == 0:
-        scratch = path.with_suffix(".json.tmp")
-        try:
-            scratch.write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
-            scratch.replace(path)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    scratch = path.with_suffix(".json.tmp")
+    try:
+        scratch.write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def sample_path(workdir: Path, step: int) -> Path:

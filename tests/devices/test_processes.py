@@ -31,14 +31,18 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def launch(
     count: int, world: Path, workdir: Path | list[Path], *flags: str, **changes
 ) -> list[subprocess.Popen]:
     """Starts the processes of one run; `workdir` and `changes` may be lists of values, one for each process."""
     workdirs = workdir if isinstance(workdir, list) else [workdir] * count
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = []
     for index in range(count):
         own = {name: value[index] if isinstance(value, list) else value for name, value in changes.items()}

@@ -1,8 +1,11 @@
 """Pre-training: what each network learns from a few samples, and every stage end to end on a tiny world."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -22,6 +25,7 @@ from sbv2_jax.openmoji import world as openmoji
 from sbv2_jax.openmoji.pretrain import loop, settings, stages, unet, vae
 from sbv2_jax.openmoji.pretrain.pictures import in_batches, to_float
 from sbv2_jax.openmoji.pretrain.run import pretrain
+from sbv2_jax.run.preemption import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parents[2]
 
@@ -260,6 +264,91 @@ def test_complete_run_trains_nothing_again(undisturbed, monkeypatch):
     before = (undisturbed / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     pretrain(tiny_config(), undisturbed, "python launch/pretrain.py")
     assert (undisturbed / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+# What is not finite, and signals
+
+
+def test_steps_that_are_not_finite_change_nothing_but_the_count(tmp_path):
+    def loss(params, inputs, key):
+        value = jnp.sum((params["a.kernel"] - 2.0) ** 2) / inputs["divisor"]
+        return value, {"loss/toy": value}
+
+    group = settings._training(steps=9, batch_size=1, lr=0.1, ema=0.5)
+    optimizer = loop.make_optimizer(group, 0.2, 1.0)
+    step = jax.jit(loop.make_step(loss, optimizer, 0.5, 0))
+    params = {"a.kernel": jnp.ones((2, 2))}
+    state = loop.StageState(
+        step=jnp.zeros((), jnp.int32), params=params, opt=optimizer.init(params), ema=params
+    )
+    after, metrics = step(state, {"divisor": jnp.float32(0)})
+    assert metrics["skipped"] == 1 and not np.isfinite(metrics["loss/toy"]) and after.step == 1
+    before, left = jax.tree.leaves(state), jax.tree.leaves(after)
+    assert sum(not np.array_equal(a, b) for a, b in zip(before, left, strict=True)) == 1
+    after, metrics = step(after, {"divisor": jnp.float32(1)})
+    assert metrics["skipped"] == 0 and after.step == 2 and (after.params["a.kernel"] > 1).all()
+    assert (after.ema["a.kernel"] > 1).all()
+
+
+def test_a_stage_that_has_diverged_ends_and_keeps_its_checkpoints(tmp_path):
+    group = settings._training(steps=60, batch_size=1, lr=0.1, ema=0.5, checkpoint_every=5)
+    hopeless = loop.Stage(
+        name="toy",
+        loss=lambda params, inputs, key: (jnp.sum(params["a.kernel"]) / inputs["zero"], {}),
+        init=lambda: {"a.kernel": np.ones((2, 2), np.float32)},
+        inputs={"zero": np.zeros((), np.float32)},
+        settings=group,
+        preview=lambda params: None,
+        fingerprint="toy",
+    )
+    run_ = loop.Run(workdir=tmp_path, seed=0, cooldown=0.2, clip_norm=1.0, log_every=3, keep=3)
+    with pytest.raises(InputError, match="not finite in 20 steps in a row, up to step 20: .*toy"):
+        loop.train(hopeless, run_)
+    lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18, 21] and lines[0]["skipped"] == 1
+    assert checkpoint.load(tmp_path / "toy" / "checkpoints")[0] == 20
+
+
+def started(workdir: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "launch/pretrain.py", "--config=configs/openmoji_teacher.py:runlocal"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_it_and_says_so(tmp_path, number):
+    endless = [
+        "--config.vae.steps=100000",
+        "--config.vae.checkpoint_every=100000",
+        "--config.vae.widths=(8,8)",
+    ]
+    process, log = started(tmp_path, *endless), tmp_path / "vae" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    last = json.loads(log.read_text().splitlines()[-1])["step"]
+    assert process.returncode == EXIT_PREEMPTED, error
+    assert f"stopped after step {last} of vae, which is saved" in error.splitlines()[-1]
+    assert checkpoint.load(tmp_path / "vae" / "checkpoints")[0] == last
+    assert not (tmp_path / "vae_tiny").exists() and not (tmp_path / "pipeline").exists()
+
+
+def test_a_signal_while_the_world_is_drawn_ends_at_once(tmp_path):
+    process = started(tmp_path, "--config.pictures=100000")
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("world/open_moji/pretraining/*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == EXIT_PREEMPTED and "Traceback" not in error
+    assert "stopped by SIGINT beside the steps: nothing is lost" in error.splitlines()[-1]
 
 
 # Settings and the command

@@ -14,7 +14,9 @@ from conftest import relative_error
 
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import load_tokenizer
+from sbv2_jax.openmoji import scenes
 from sbv2_jax.openmoji import world as openmoji
+from sbv2_jax.openmoji.draws import uniforms
 from sbv2_jax.openmoji.pretrain import loop, losses, settings, unet
 from sbv2_jax.openmoji.pretrain.dataset import open_world
 from sbv2_jax.openmoji.pretrain.tokenizer import train_tokenizer
@@ -67,7 +69,16 @@ def test_world_is_drawn_once_and_another_one_is_refused(tmp_path, monkeypatch):
     assert world.pictures.shape == (12, 64, 64, 3)
     assert np.array_equal(world.pictures[5], openmoji.example("train", 5).image)
     assert world.captions[5][0] == openmoji.caption("train", 5)
+    assert all(len(set(texts)) > 1 for texts in world.captions) and len(world.captions) == 12
     assert all(len(texts) == 3 for texts in world.captions)
+    scene = scenes.scene("train", 5)
+    assert world.captions[5][2] == scenes.caption(scene, uniforms(0, "caption", "train", 5, 2))
+    shown = [scenes.scene("train", index).identity for index in range(12)]
+    assert [sorted(set(shown))[number] for number in world.identities] == shown
+    assert world.fingerprint == f"{openmoji.manifest(0)['sha256']}/12/3", (
+        "as that of an older run, which resumes"
+    )
+    assert list(tmp_path.glob("open_moji/pretraining/*/*train.array_record*")), "the builder's own files"
     monkeypatch.setattr(openmoji, "example", None)  # would fail if it drew again
     again = open_world(tmp_path, pictures=12, phrasings=3, seed=0)
     assert np.array_equal(again.pictures, world.pictures)

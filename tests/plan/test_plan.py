@@ -162,7 +162,7 @@ def test_what_a_fusion_computes_inside_is_no_array():
     ("topology", "says"),
     [
         ("v4", "unknown topology 'v4'"),
-        ("v3:2x2", "of v4, v5e, v5p, v6e"),
+        ("v3:2x2", "of v4, v5e, v5p, v6e, tpu7x"),
         ("v4:2x2x1;", "unknown topology"),
         ("v4:2x2x1*", "v4:2x2x4\\*2 for two slices"),
         ("v4:3x5x7", "topology 'v4:3x5x7' cannot be had"),
@@ -297,3 +297,16 @@ def test_a_step_compiles_for_a_topology(world, topology):
     assert sum(found.collectives.values()) > 0, "gradients are summed over devices"
     assert "fits: " in text_of(found)
     assert 0 < found.generate.need.arrays < once, "the networks of one student, and nothing of its training"
+
+
+@pytest.mark.slow
+def test_two_devices_of_a_chip_compile_a_step_together(world):
+    """TPU v7: eight devices of 2 x 2 x 1 chips, of which each has half a chip's memory."""
+    found = plan.compile_for(tiny(world, **{"mesh.fsdp": 4}), "tpu7x:2x2x1")
+    assert found.fits and found.mesh == {"replica": 1, "data": 2, "fsdp": 4}
+    assert found.chip is CHIPS["tpu7x"] and sum(found.collectives.values()) > 0
+    _, devices = devices_of("tpu7x:2x2x1")
+    whole = NamedSharding(make_mesh(1, 8, 1, devices), PartitionSpec())
+    x = shape(2**17, 2**17, sharding=whole)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"exceeds available HBM \(94\.75G\)"):
+        jax.jit(lambda x: jnp.sort(x, 0) @ x, out_shardings=whole).lower(x).compile()

@@ -60,6 +60,17 @@ def check_component(directory: str | Path) -> ModelConfig:
     return config
 
 
+def weight_files(directory: str | Path) -> list[Path]:
+    """Returns the files that `load_component` reads the weights of a model directory from.
+
+    Raises InputError as it does for files that are missing or broken.
+    """
+    config, directory = load_config(directory), Path(directory)
+    if orbax_files.has_params(directory):
+        return [path for path in sorted((directory / orbax_files.FOLDER).rglob("*")) if path.is_file()]
+    return list(dict.fromkeys(open_weights(directory, _stem(config)).files.values()))
+
+
 def load_component(
     directory: str | Path, *, dtype: Any | None = None, variant: str | None = None
 ) -> Component:

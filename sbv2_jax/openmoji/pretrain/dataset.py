@@ -1,8 +1,6 @@
-"""The pictures and captions that every stage reads: drawn once, kept in files, given as arrays."""
+"""The pictures and captions that every stage reads: the TFDS data set of the world, given as arrays."""
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,12 @@ from sbv2_jax.openmoji import scenes
 from sbv2_jax.openmoji import world as openmoji
 from sbv2_jax.openmoji.draws import uniforms
 from sbv2_jax.openmoji.render import RESOLUTION
+from sbv2_jax.openmoji.tfds_builder import AnotherWorld, OpenMojiConfig, sources
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The training pictures, uint8 [N, 64, 64, 3], memory-mapped, and the facts of each.
+    """The training pictures, uint8 [N, 64, 64, 3], and the facts of each.
 
     `captions[i]` are the phrasings of picture i; `identities[i]` is the number of what it shows.
     """
@@ -44,41 +43,37 @@ class World:
 
 
 def open_world(directory: str | Path, *, pictures: int, phrasings: int, seed: int) -> World:
-    """Returns the training world, drawing its pictures into `directory` the first time.
+    """Returns the training world, drawing its pictures into the TFDS data set under `directory` the first time.
 
     Raises InputError where the files there are of another world, or without the [openmoji] extra.
     """
-    directory = Path(directory)
-    scene_list = [scenes.scene("train", index, seed) for index in range(pictures)]
-    captions = [
-        [openmoji.caption("train", index, seed)]
-        + [scenes.caption(scene, uniforms(seed, "caption", "train", index, n)) for n in range(1, phrasings)]
-        for index, scene in enumerate(scene_list)
-    ]
-    numbers = {name: n for n, name in enumerate(sorted({scene.identity for scene in scene_list}))}
-    identities = np.array([numbers[scene.identity] for scene in scene_list], np.int32)
-    facts = {"world": openmoji.manifest(seed)["sha256"], "pictures": pictures}
-    array = _drawn(directory, facts, seed)
-    return World(array, captions, identities, f"{facts['world']}/{pictures}/{phrasings}")
+    config = OpenMojiConfig(name="pretraining", train=pictures, validation=0, test=0, seed=seed)
+    try:
+        source = sources(str(directory), config)["train"]
+    except AnotherWorld as error:
+        raise InputError(
+            f"{directory} holds another world: remove it, or use another workdir ({error})"
+        ) from error
+    array = np.empty((pictures, RESOLUTION, RESOLUTION, 3), np.uint8)
+    captions, names = [], []
+    for index, one in enumerate(tqdm(source, desc="reading", unit="picture", mininterval=5)):
+        array[index] = one["image"]
+        names.append(one["identity"].decode())
+        others = [_phrasing(index, number, seed) for number in range(1, phrasings)]
+        captions.append([one["caption"].decode(), *others])
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    return World(
+        pictures=array,
+        captions=captions,
+        identities=np.array([numbers[name] for name in names], np.int32),
+        fingerprint=f"{openmoji.manifest(seed)['sha256']}/{pictures}/{phrasings}",
+    )
 
 
-def _drawn(directory: Path, facts: dict, seed: int) -> np.ndarray:
-    path, about = directory / "pictures.npy", directory / "world.json"
-    if about.exists():
-        found = json.loads(about.read_text(encoding="utf-8"))
-        if found != facts:
-            raise InputError(f"{directory} holds another world ({found}): remove it, or use another workdir")
-        return np.load(path, mmap_mode="r")
-    directory.mkdir(parents=True, exist_ok=True)
-    shape = (facts["pictures"], RESOLUTION, RESOLUTION, 3)
-    scratch = path.with_suffix(".partial.npy")
-    array = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.uint8, shape=shape)
-    for index in tqdm(range(shape[0]), desc="drawing", unit="picture", mininterval=5):
-        array[index] = openmoji.example("train", index, seed).image
-    array.flush()
-    os.replace(scratch, path)
-    about.write_text(json.dumps(facts), encoding="utf-8")
-    return np.load(path, mmap_mode="r")
+def _phrasing(index: int, number: int, seed: int) -> str:
+    """Returns a further caption of picture `index`, in other words."""
+    scene = scenes.scene("train", index, seed)
+    return scenes.caption(scene, uniforms(seed, "caption", "train", index, number))
 
 
 def validation_pictures(count: int, seed: int) -> np.ndarray:

@@ -17,7 +17,9 @@ from optax.contrib import MuonDimensionNumbers
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.devices.sharding import batch_sharding, make_mesh
 from sbv2_jax.distill.ema import ema_decay
+from sbv2_jax.run.guard import Guard
 from sbv2_jax.run.log import MetricsLog
+from sbv2_jax.run.preemption import Preempted, Preemption
 from sbv2_jax.tree import Params, lerp
 
 _LAST_OF_BRANCH = re.compile(r"(.*\.(conv2|conv\.4|proj_out|to_out\.0)|conv_out)\.kernel")
@@ -75,31 +77,40 @@ class Run:
 def train(stage: Stage, run: Run) -> dict[str, np.ndarray]:
     """Trains a stage to its last step, from its newest checkpoint if there is one; returns the averaged weights.
 
-    A stage that is complete is only read. Raises InputError where the checkpoints are of other settings.
+    A stage that is complete is only read. Raises InputError where the checkpoints are of other settings and as
+    `Guard` does, and Preempted after a step that a signal made the last.
     """
     settings, directory = stage.settings, run.workdir / stage.name
     optimizer = make_optimizer(settings, run.cooldown, run.clip_norm)
     seed = int(digest(stage.name, str(run.seed))[:8], 16)  # no two stages draw alike
     step = jax.jit(make_step(stage.loss, optimizer, settings.ema, seed), donate_argnums=0)
     config = {**settings.to_dict(), "seed": run.seed, "cooldown": run.cooldown, "clip_norm": run.clip_norm}
-    with Checkpoints(
+    checkpoints = Checkpoints(
         directory / "checkpoints",
         keep=run.keep,
         config=config,
         fingerprint=stage.fingerprint,
         may_change=_MAY_CHANGE,
-    ) as checkpoints:
+    )
+    with Preemption() as preemption, checkpoints:
         state, start = _restored_or_new(stage, optimizer, checkpoints)
         if start < settings.steps:
             print(f"{stage.name}: {settings.steps - start} of {settings.steps} steps to go", flush=True)
-            state = _advance(stage, run, step, state, start, checkpoints)
+            state = _advance(stage, run, step, state, start, checkpoints, preemption)
     return {name: np.asarray(leaf) for name, leaf in state.ema.items()}
 
 
 def _advance(
-    stage: Stage, run: Run, step: Callable, state: StageState, start: int, checkpoints: Checkpoints
+    stage: Stage,
+    run: Run,
+    step: Callable,
+    state: StageState,
+    start: int,
+    checkpoints: Checkpoints,
+    preemption: Preemption,
 ) -> StageState:
     settings, directory = stage.settings, run.workdir / stage.name
+    guard = Guard(directory)
     inputs = jax.device_put(stage.inputs, everywhere())
     pending: list[Metrics] = []
     with MetricsLog(
@@ -108,18 +119,28 @@ def _advance(
         for number in range(start + 1, settings.steps + 1):
             state, metrics = step(state, inputs)
             pending.append(metrics)
-            last = number == settings.steps
+            preempted = preemption.requested()
+            last = preempted or number == settings.steps
             if last or number % run.log_every == 0:
-                log.write(number, _mean(jax.device_get(pending)))
+                found = jax.device_get(pending)
+                log.write(number, _mean(found))
+                for of, metrics in enumerate(found, start=number - len(found) + 1):
+                    guard.check(of, metrics)
                 pending.clear()
             if last or number % settings.checkpoint_every == 0:
                 checkpoints.save(number, state)
+            if preempted:
+                raise Preempted(number, f" of {stage.name}")
+            if last or number % settings.checkpoint_every == 0:
                 stage.preview(state.ema)
     return state
 
 
 def _mean(metrics: list[Metrics]) -> dict[str, float]:
-    return {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
+    """Returns the mean over the steps that were not skipped, if any, and the share of those that were."""
+    kept = [one for one in metrics if not one["skipped"]] or metrics
+    means = {name: float(np.mean([one[name] for one in kept])) for name in metrics[0]}
+    return means | {"skipped": float(np.mean([one["skipped"] for one in metrics]))}
 
 
 def _restored_or_new(
@@ -213,7 +234,10 @@ def _matrices(params: Params) -> dict[str, Any]:
 def make_step(
     loss: Loss, optimizer: optax.GradientTransformation, ema: float, seed: int
 ) -> Callable[[StageState, Any], tuple[StageState, Metrics]]:
-    """Returns the pure function of one update; its key depends on the seed and the step alone."""
+    """Returns the pure function of one update; its key depends on the seed and the step alone.
+
+    Where a loss or the gradient is not finite, nothing but the step count changes and the metric `skipped` is 1.
+    """
 
     def step(state: StageState, inputs: Any) -> tuple[StageState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -221,12 +245,13 @@ def make_step(
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {"grad_norm": optax.global_norm(grads)}
-        return StageState(
-            step=state.step + 1,
-            params=params,
-            opt=opt,
-            ema=lerp(state.ema, params, ema_decay(ema, state.step)),
-        ), metrics
+        finite = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
+        new = StageState(
+            step=state.step, params=params, opt=opt, ema=lerp(state.ema, params, ema_decay(ema, state.step))
+        )
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+        return dataclasses.replace(new, step=state.step + 1), metrics
 
     return step
 

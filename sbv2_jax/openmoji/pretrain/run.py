@@ -13,17 +13,24 @@ from sbv2_jax.openmoji.pretrain.bundle import write_bundle
 from sbv2_jax.openmoji.pretrain.dataset import World, open_world
 from sbv2_jax.openmoji.pretrain.stages import Stages
 from sbv2_jax.openmoji.pretrain.tokenizer import train_tokenizer
+from sbv2_jax.run.preemption import ends_at_once
 
 
 def pretrain(config: ConfigDict, workdir: str | Path, command: str) -> Path:
     """Trains the pipeline of a configuration in `workdir` and returns its directory, `workdir/pipeline`.
 
     Interrupted, it goes on from the newest checkpoint of the stage it was in; complete stages are not trained
-    again. `command` is quoted in the model card. Raises InputError for a wrong field, without the [openmoji]
+    again. SIGTERM or SIGINT finishes the step, saves it and ends the process with EXIT_PREEMPTED; beside the steps it
+    ends at once. `command` is quoted in the model card. Raises InputError for a wrong field, without the [openmoji]
     extra, and where the workdir holds a run of other settings.
     """
     settings.validate(config)
     workdir = mounted(workdir)
+    with ends_at_once("beside the steps"):
+        return _pretrain(config, workdir, command)
+
+
+def _pretrain(config: ConfigDict, workdir: Path, command: str) -> Path:
     world = open_world(
         workdir / "world", pictures=config.pictures, phrasings=config.phrasings, seed=config.seed
     )

@@ -1,0 +1,70 @@
+"""What teacher and score model make of the student's samples: the two x0 whose difference trains it, as pictures."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from sbv2_jax.diffusion.schedule import add_noise, classifier_free_guidance, to_x0
+from sbv2_jax.distill.state import Frozen, TrainState
+from sbv2_jax.distill.steps import generate
+from sbv2_jax.generate.inference import decode
+from sbv2_jax.models.conditions import like
+from sbv2_jax.run.build import Run
+from sbv2_jax.run.generators import teacher_of
+from sbv2_jax.tree import Params, cast
+
+
+def times(run: Run) -> tuple[int, ...]:
+    """Returns the timesteps at which the pictures are predicted: a quarter, half and three quarters of the way."""
+    count = run.models.score_schedule.num_timesteps
+    return tuple(count * quarter // 4 for quarter in (1, 2, 3))
+
+
+def predicted(
+    run: Run,
+    state: TrainState,
+    frozen: Frozen,
+    vae: Params,
+    ids: jax.Array,
+    z: jax.Array,
+    noise: jax.Array,
+    at: Sequence[int],
+) -> jax.Array:
+    """Returns pictures, float32 [2, len(at), B, H, W, 3] in [0, 1]: the teacher's x0, then the score model's.
+
+    The student that is trained makes x of z, [B, h, w, C]; `noise` takes it to each timestep of `at`, from where both
+    predict x0 with the guidance of the run. One copy of each network is compiled, whatever `at` holds.
+    """
+    models, objective, schedule = run.models, run.objective, run.models.score_schedule
+    text = models.text_encoder.apply(frozen.text_encoder, ids, objective.latent_shape)
+    null = like(frozen.null_text, text)
+    x = generate(models, objective, state.student, frozen, z, text)
+    weights = {**frozen.teacher, **cast(state.score, objective.compute_dtype)}
+
+    def x0(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        timestep, lora_scale, guidance = row
+        t = jnp.full(x.shape[:1], timestep, jnp.int32)
+        x_t = add_noise(schedule, x, noise, t)
+
+        def output(conditional: jax.Array) -> jax.Array:
+            given = jax.tree.map(lambda own, none: jnp.where(conditional, own, none), text, null)
+            return models.score.apply(
+                weights, x_t.astype(objective.compute_dtype), t, *given, lora_scale=lora_scale
+            ).astype(jnp.float32)
+
+        unconditional, conditional = jax.lax.map(output, jnp.array([False, True]))
+        guided = classifier_free_guidance(conditional, unconditional, guidance)
+        return decode(teacher_of(run), vae, to_x0(schedule, guided, x_t, t))
+
+    rows = [
+        (timestep, lora_scale, guidance)
+        for lora_scale, guidance in (
+            (0.0, max(1.0, objective.guidance)),  # at 1 the unconditional output does not count
+            (objective.score_lora_scale, max(1.0, objective.score_guidance)),
+        )
+        for timestep in at
+    ]
+    steps, scales, guidances = zip(*rows, strict=True)
+    pictures = jax.lax.map(x0, (jnp.array(steps), jnp.array(scales), jnp.array(guidances, jnp.float32)))
+    return pictures.reshape(2, len(at), *pictures.shape[1:])
