@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
-import sbv2_jax
-from sbv2_jax import fields
+from sbv2_jax import __version__, fields
 from sbv2_jax.errors import InputError
 
 EXIT_INPUT = 2
@@ -196,7 +195,7 @@ def _run(main: Callable[[], Any], argv: list[str], parse: Callable[[list[str]], 
 
 
 def _version() -> str:
-    return f"sbv2_jax {sbv2_jax.__version__}"
+    return f"sbv2_jax {__version__}"
 
 
 def _help(config_fields: Mapping[str, fields.Field]) -> str:
