@@ -96,3 +96,13 @@ def test_neither_torch_nor_tensorflow_is_imported():
 def test_no_file_is_longer_than_400_lines():
     lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in MODULES.items()}
     assert {module: length for module, length in lengths.items() if length > 400} == {}
+
+
+def test_tests_import_nothing_from_one_another():
+    wrong = [
+        f"{path.name}:{line} imports {name}"
+        for path in sorted(Path(__file__).parent.rglob("*.py"))
+        for line, name in imports(path)
+        if name.split(".")[0].startswith("test_")
+    ]
+    assert wrong == []
