@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
-from sbv2_jax import fields
+from sbv2_jax import __version__, fields
 from sbv2_jax.errors import InputError
 
 EXIT_INPUT = 2
@@ -195,8 +195,7 @@ def _run(main: Callable[[], Any], argv: list[str], parse: Callable[[list[str]], 
 
 
 def _version() -> str:
-    # The package's own names are above all rooms, so they are not imported here; it is loaded in any case.
-    return f"sbv2_jax {sys.modules[__package__].__version__}"
+    return f"sbv2_jax {__version__}"
 
 
 def _help(config_fields: Mapping[str, fields.Field]) -> str:

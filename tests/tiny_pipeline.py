@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from diffusers import StableDiffusionPipeline as TorchPipeline
 from diffusers import StableDiffusionXLPipeline as TorchPipelineXL
 from parity import randomised
-from test_tokenizer import write_tokenizer
+from tiny_tokenizer import write_tokenizer
 from transformers import (
     CLIPConfig,
     CLIPModel,

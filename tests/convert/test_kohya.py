@@ -9,10 +9,10 @@ from conftest import measured
 from diffusers import StableDiffusionPipeline as TorchPipeline
 from diffusers import UNet2DConditionModel as TorchUNet
 from diffusers.utils import convert_state_dict_to_kohya
+from lora_readers import assert_close, drawn_by, drawn_by_us, merged_by_peft
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
-from test_lora_files import assert_close, drawn_by, drawn_by_us, merged_by_peft
 from tiny_pipeline import write_one_step
 
 from sbv2_jax.convert.formats.component import load_component

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_convert import rewrite, their_model, weights_file
+from their_models import rewrite, their_model, weights_file
 
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.errors import InputError

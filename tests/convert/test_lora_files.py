@@ -1,6 +1,5 @@
 """LoRA files against diffusers and PEFT, both ways: what they read of ours, what we read of theirs."""
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -8,31 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import measured, relative_error
+from conftest import measured
 from diffusers import StableDiffusionPipeline as TorchPipeline
 from diffusers import UNet2DConditionModel as TorchUNet
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_logging
-from parity import nchw
+from lora_readers import assert_close, drawn_by, drawn_by_us, merged_by_peft
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from tiny_pipeline import write_one_step
-from tiny_world import fast_jit
 
-import sbv2_jax
 from sbv2_jax.convert.formats.component import load_component
-from sbv2_jax.convert.formats.names import params_from_torch
 from sbv2_jax.convert.lora.files import Lora, read_lora, save_lora
 from sbv2_jax.convert.lora.fuse import fuse, fuse_file
 from sbv2_jax.convert.model import open_model
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import network
-from sbv2_jax.tree import Shapes
 
 RANK, ALPHA = 4, 8.0
-PROMPTS = ["a red apple", "dog"]
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +54,6 @@ def file(factors, tmp_path_factory) -> Path:
     return path
 
 
-def drawn_by(pipe: TorchPipeline, noise: np.ndarray) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "np"}
-    return pipe(PROMPTS, latents=nchw(noise), **settings).images
-
-
 def test_diffusers_draws_with_the_file_what_we_draw_with_it_fused(pipeline, file, tmp_path, rng, caplog):
     fuse_file(open_model(pipeline), file, tmp_path / "fused")
     noise = rng.standard_normal((2, 8, 8, 4), np.float32)
@@ -86,36 +74,10 @@ def test_diffusers_draws_with_the_file_what_we_draw_with_it_fused(pipeline, file
     assert np.abs(ours - drawn_by(pipe, noise)).max() > 4 / 255, "and so does its alpha"
 
 
-def drawn_by_us(directory: Path, noise: np.ndarray) -> np.ndarray:
-    model = sbv2_jax.load(directory)
-    draw = fast_jit(functools.partial(sbv2_jax.generate, model.generator))
-    ids, null = model.tokenizer.encode(PROMPTS), model.tokenizer.encode([""])[0]
-    return np.asarray(draw(model.params, ids, null, noise))
-
-
 def settings_of(path: Path) -> dict:
     with safe_open(path, framework="np") as opened:
         settings = json.loads(opened.metadata()["lora_adapter_metadata"])
     return {name.removeprefix("unet."): value for name, value in settings.items()}
-
-
-def merged_by_peft(unet: TorchUNet, shapes: Shapes) -> dict[str, np.ndarray]:
-    """The weights after PEFT's own merge, under our names."""
-    for module in unet.modules():
-        if hasattr(module, "base_layer"):
-            module.merge()
-    state = {
-        name.replace(".base_layer", ""): tensor.detach().numpy()
-        for name, tensor in unet.state_dict().items()
-        if ".lora_" not in name
-    }
-    return params_from_torch(state, shapes)
-
-
-def assert_close(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    assert got.keys() == want.keys()
-    for name in want:
-        assert relative_error(got[name], want[name]) < 1e-6, name
 
 
 def test_peft_reads_the_file_and_merges_it_as_we_do(pipeline, file):

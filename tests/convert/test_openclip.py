@@ -14,7 +14,7 @@ from conftest import relative_error
 from huggingface_hub.utils import filter_repo_objects
 from parity import randomised
 from safetensors.numpy import load_file, save_file
-from test_tokenizer import write_tokenizer
+from tiny_tokenizer import write_tokenizer
 
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.convert.openclip import convert, read_config

@@ -15,7 +15,7 @@ import torch
 from conftest import relative_error
 from diffusers import StableDiffusionPipeline as TorchPipeline
 from safetensors.numpy import load_file
-from test_convert import TYPES, their_model
+from their_models import TYPES, their_model
 from tiny_pipeline import write_pipeline
 from transformers import CLIPModel as TorchCLIP
 

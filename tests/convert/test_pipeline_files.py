@@ -15,8 +15,8 @@ import pytest
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
-from test_convert import listening, their_model
-from test_tokenizer import write_tokenizer
+from their_models import listening, their_model
+from tiny_tokenizer import write_tokenizer
 
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.convert.formats.pipeline import (

@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from test_tokenizer import write_tokenizer
+from tiny_tokenizer import write_tokenizer
 
 from sbv2_jax.data.prompts import describe_cut, open_prompts, prompt_batches
 from sbv2_jax.data.text_prompts import TextPrompts

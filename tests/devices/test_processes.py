@@ -2,18 +2,15 @@
 
 import shutil
 import signal
-import socket
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
-from test_train import command, metrics, start
 from tiny_pipeline import write_world
+from train_command import metrics
+from train_processes import ended, launch
 
 from sbv2_jax import checkpoint
 from sbv2_jax.checkpoint.files import step_numbers
@@ -29,36 +26,6 @@ SMALL = {"steps": 3, "sample.every": 0, "checkpoint.every": 3}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def launch(
-    count: int, world: Path, workdir: Path | list[Path], *flags: str, **changes
-) -> list[subprocess.Popen]:
-    """Starts the processes of one run; `workdir` and `changes` may be lists of values, one for each process."""
-    workdirs = workdir if isinstance(workdir, list) else [workdir] * count
-    port = free_port()
-    processes = []
-    for index in range(count):
-        own = {name: value[index] if isinstance(value, list) else value for name, value in changes.items()}
-        joined = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
-        processes.append(
-            start(command(world, workdirs[index], *(joined if count > 1 else []), *flags, **own))
-        )
-    return processes
-
-
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Waits for all; returns exit codes and what they wrote on stderr."""
-    # All at once: one whose pipe is full would wait for its reader, and the others for it.
-    with ThreadPoolExecutor(len(processes)) as pool:
-        errors = list(pool.map(lambda process: process.communicate(timeout=300)[1], processes))
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
 
 
 @pytest.fixture(scope="module")

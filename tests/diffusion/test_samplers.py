@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from test_schedule import SD_15, SD_21, SD_TURBO
+from published_schedules import SD_15, SD_21, SD_TURBO
 
 from sbv2_jax.diffusion.samplers import ddim_timesteps, dpm_timesteps, guided, sample
 from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule, to_x0

@@ -11,6 +11,7 @@ import pytest
 from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_schedules import SD_15, SD_21, SD_TURBO, STABLE_DIFFUSION
 
 from sbv2_jax.diffusion.schedule import (
     ScheduleConfig,
@@ -26,39 +27,11 @@ from sbv2_jax.diffusion.schedule import (
 )
 from sbv2_jax.errors import InputError
 
-STABLE_DIFFUSION = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
-SD_15 = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", **STABLE_DIFFUSION}
-SD_21 = {
-    "_class_name": "DDIMScheduler",
-    "_diffusers_version": "0.8.0",
-    **STABLE_DIFFUSION,
-    "prediction_type": "v_prediction",
-}
 SD_21_BASE = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.10.0.dev0",
     **STABLE_DIFFUSION,
     "prediction_type": "epsilon",
-}
-SD_TURBO = {
-    "_class_name": "EulerDiscreteScheduler",
-    "_diffusers_version": "0.24.0.dev0",
-    **STABLE_DIFFUSION,
-    "interpolation_type": "linear",
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "timestep_spacing": "trailing",
-    "use_karras_sigmas": False,
 }
 FILES = {"sd15": SD_15, "sd21": SD_21, "sd21_base": SD_21_BASE, "sd_turbo": SD_TURBO}
 CLASSES = ScheduleConfig.CLASSES

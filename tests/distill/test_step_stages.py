@@ -10,7 +10,7 @@ import pytest
 import tiny_world
 import torch
 from conftest import relative_error
-from test_steps import make_reference, torch_ids
+from step_reference import make_reference, torch_ids
 from torch_reference import integers, nchw
 
 from sbv2_jax.distill import steps

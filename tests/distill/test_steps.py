@@ -17,13 +17,13 @@ import tiny_world
 import torch
 import torch_reference
 from conftest import measured
+from step_reference import make_reference, torch_ids
 from tiny_world import World
 from torch_reference import integers, nchw
 
 from sbv2_jax.convert.formats.names import params_to_torch
 from sbv2_jax.distill import steps
 from sbv2_jax.distill.train_step import make_train_step
-from sbv2_jax.models.conditions import split
 
 GRADIENT_BOUND = 1e-4
 WEIGHT_BOUND = 1e-5
@@ -96,63 +96,6 @@ class Both:
     theirs: list[dict]
     cosines: torch.Tensor
     clip_over_vsd: float
-
-
-def make_reference(world: World, predictions: dict[str, str]) -> torch_reference.Reference:
-    """Returns the PyTorch version of a world, by its configuration and with its weights."""
-    config, frozen = world.config, world.frozen
-    method = torch_reference.Method(
-        **predictions,
-        total_steps=config.steps,
-        weighting=config.vsd.weighting,
-        guidance=config.vsd.guidance,
-        score_guidance=config.vsd.score_guidance,
-        vsd_weight=config.vsd.weight,
-        clip_weight=config.clip.weight,
-        tau=config.clip.tau,
-        ema=config.ema,
-        student_lr=config.student.lr,
-        score_lr=config.score.lr,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        clip_norm=config.optimizer.clip_norm,
-    )
-    xl = {}
-    if world.run.parts.text_encoder_2 is not None:
-        side = tiny_world.LATENTS[0] * world.run.parts.vae.config.downsampling
-        zero_null = world.run.parts.zero_null
-        xl = {"text_2": tiny_world.TEXT_2, "side": side, "zero_null": zero_null}
-    decoders = {"vae": ("kl", tiny_world.KL_VAE), "vae_tiny": ("tiny", tiny_world.TINY_VAE)}
-    reference = torch_reference.Reference(
-        method,
-        unet=tiny_world.UNET_XL if xl else tiny_world.UNET,
-        text=tiny_world.TEXT,
-        clip=tiny_world.CLIP,
-        vae=decoders[config.clip.decoder] if frozen.clip else None,
-        student_lora=config.student.lora.to_dict() if world.run.lora_student else None,
-        score_lora=config.score.to_dict(),
-        **xl,
-    )
-    towers = split(frozen.text_encoder, world.run.parts.text_encoders)
-    pairs = [
-        (reference.teacher, frozen.teacher),
-        (reference.score, frozen.teacher | world.score),
-        (reference.student, frozen.student | world.student),
-        (reference.text, towers["text_encoder"]),
-    ]
-    if xl:
-        pairs.append((reference.text_2, towers["text_encoder_2"]))
-    if frozen.clip:
-        pairs += [(reference.clip, frozen.clip), (reference.vae, frozen.decoder)]
-    for module, params in pairs:
-        torch_reference.load(module, params_to_torch(params))
-    reference.start()
-    return reference
-
-
-def torch_ids(world: World) -> tuple[torch.Tensor, ...]:
-    """Returns the ids of the prompts, of the CLIP loss's prompts and of the null prompt."""
-    return tuple(integers(a) for a in (*world.batch, world.empty) if a is not None)
 
 
 def drawer(world: World) -> Callable:

@@ -18,10 +18,10 @@ from parity import nchw
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import save_file
-from test_convert import listening
-from test_tokenizer import write_tokenizer
-from test_train import CONFIG, command, fields, metrics, run
+from their_models import listening
 from tiny_pipeline import LENGTH, write_pipeline
+from tiny_tokenizer import write_tokenizer
+from train_command import CONFIG, command, fields, metrics, run
 
 import sbv2_jax
 from sbv2_jax.convert import inspection as listing

@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from test_processes import ended, free_port, launch
-from test_train import ROOT, command, lines_of, metrics, run, start
 from tiny_pipeline import write_world
+from train_command import ROOT, command, lines_of, metrics, run, start
+from train_processes import ended, free_port, launch
 
 from sbv2_jax.checkpoint.files import step_numbers
 from sbv2_jax.errors import InputError

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_train import CONFIG, command, fields, metrics, run
 from tiny_pipeline import write_pipeline, write_world
+from train_command import CONFIG, command, fields, metrics, run
 
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.convert.layouts import rewrite

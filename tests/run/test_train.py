@@ -1,7 +1,6 @@
 """Whole runs of the real command on a tiny pipeline: killed, resumed, exported, and refused."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from diffusers import DiffusionPipeline
 from parity import nchw
 from PIL import Image
 from tiny_pipeline import write_world
+from train_command import CONFIG, ROOT, STEPS, command, fields, lines_of, metrics, run, start
 
 import sbv2_jax
 from sbv2_jax import checkpoint
@@ -25,9 +25,6 @@ from sbv2_jax.models import lora
 from sbv2_jax.run.loop import train
 from sbv2_jax.run.preemption import EXIT_PREEMPTED
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs" / "openmoji.py"
-STEPS = 6
 LORA = {
     "student.mode": "lora",
     "student.lora.rank": 2,
@@ -43,53 +40,6 @@ LORA = {
 def world(tmp_path_factory):
     """A directory with a pipeline and prompts."""
     return write_world(tmp_path_factory.mktemp("world"))
-
-
-def fields(world: Path, changes: dict[str, object]) -> dict[str, object]:
-    """The tiny run's settings; in a string, {} stands for the world's directory."""
-    values = {
-        "teacher": "{}/pipeline",
-        "prompts": "{}/prompts.txt",
-        "steps": STEPS,
-        "batch_size": 4,
-        "score.rank": 2,
-        "score.targets": r".*\.attn[12]\.to_(q|v)",  # its other projections are convolutions
-        "ema": 0.9,
-        "sample.every": 3,
-        "checkpoint.every": 2,
-        **changes,
-    }
-    return {name: value.format(world) if isinstance(value, str) else value for name, value in values.items()}
-
-
-def command(world: Path, workdir: Path, *flags: str, **changes: object) -> list[str]:
-    overrides = [f"--config.{name}={value}" for name, value in fields(world, changes).items()]
-    program = [sys.executable, "launch/train.py", f"--config={CONFIG}"]
-    return [*program, f"--workdir={workdir}", *overrides, *flags]
-
-
-def start(arguments: list[str]) -> subprocess.Popen:
-    # Networks of this size run in no time, however badly they are compiled.
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "XLA_FLAGS": flags}
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(arguments: list[str]) -> tuple[int, str, str]:
-    process = start(arguments)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def lines_of(workdir: Path) -> list[str]:
-    path = workdir / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in lines_of(workdir)]
 
 
 def stop_after(process: subprocess.Popen, workdir: Path, step: int, how: int) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_safetensors_io import STEM, infos, tensors
+from some_tensors import STEM, infos, tensors
 
 from sbv2_jax.convert.formats.weight_files import open_weights, write_weights
 from sbv2_jax.errors import InputError
