@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative_error
+from ml_collections import ConfigDict
 
 import sbv2_jax
 from sbv2_jax import checkpoint, fields
@@ -28,6 +29,13 @@ from sbv2_jax.openmoji.pretrain.run import pretrain
 from sbv2_jax.run.preemption import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parents[2]
+
+
+def training(**changes) -> ConfigDict:
+    """The settings of a stage's training."""
+    group = settings.default_config().vae
+    group.update(changes)
+    return group
 
 
 def tiny_config():
@@ -63,7 +71,7 @@ def quick(tmp_path_factory):
 
 def overfit(loss, params, inputs, metric: str, steps: int, lr: float) -> tuple[dict, list[float]]:
     """Trains on a few samples; returns the parameters and the metric at every step."""
-    group = settings._training(steps=steps, batch_size=4, lr=lr, ema=0.5)
+    group = training(steps=steps, batch_size=4, lr=lr, ema=0.5)
     group.warmup = 5
     optimizer = loop.make_optimizer(group, 0.3, 1.0)
     step = jax.jit(loop.make_step(loss, optimizer, 0.5, 0))
@@ -274,7 +282,7 @@ def test_steps_that_are_not_finite_change_nothing_but_the_count(tmp_path):
         value = jnp.sum((params["a.kernel"] - 2.0) ** 2) / inputs["divisor"]
         return value, {"loss/toy": value}
 
-    group = settings._training(steps=9, batch_size=1, lr=0.1, ema=0.5)
+    group = training(steps=9, batch_size=1, lr=0.1, ema=0.5)
     optimizer = loop.make_optimizer(group, 0.2, 1.0)
     step = jax.jit(loop.make_step(loss, optimizer, 0.5, 0))
     params = {"a.kernel": jnp.ones((2, 2))}
@@ -291,7 +299,7 @@ def test_steps_that_are_not_finite_change_nothing_but_the_count(tmp_path):
 
 
 def test_a_stage_that_has_diverged_ends_and_keeps_its_checkpoints(tmp_path):
-    group = settings._training(steps=60, batch_size=1, lr=0.1, ema=0.5, checkpoint_every=5)
+    group = training(steps=60, batch_size=1, lr=0.1, ema=0.5, checkpoint_every=5)
     hopeless = loop.Stage(
         name="toy",
         loss=lambda params, inputs, key: (jnp.sum(params["a.kernel"]) / inputs["zero"], {}),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative_error
+from ml_collections import ConfigDict
 
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import load_tokenizer
@@ -22,6 +23,13 @@ from sbv2_jax.openmoji.pretrain.dataset import open_world
 from sbv2_jax.openmoji.pretrain.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
+
+
+def training(**changes) -> ConfigDict:
+    """The settings of a stage's training."""
+    group = settings.default_config().vae
+    group.update(changes)
+    return group
 
 
 # The tokenizer
@@ -143,7 +151,7 @@ def test_velocity_loss_weighs_x0_by_the_limited_snr_plus_one(rng):
 
 
 def quadratic(steps: int, **changes) -> tuple[loop.Stage, list[int]]:
-    group = settings._training(steps=steps, batch_size=4, lr=0.05, ema=0.5, checkpoint_every=3)
+    group = training(steps=steps, batch_size=4, lr=0.05, ema=0.5, checkpoint_every=3)
     seen = []
 
     def loss(params, inputs, key):
@@ -203,13 +211,13 @@ def test_loop_can_be_prolonged(tmp_path):
     ("count", "expected"), [(0, 0.1), (9, 1.0), (50, 1.0), (80, 1.0), (90, 0.5), (100, 0)]
 )
 def test_learning_rate_rises_stays_and_falls(count, expected):
-    group = settings._training(steps=100, batch_size=1, lr=2.0, ema=0.5)
+    group = training(steps=100, batch_size=1, lr=2.0, ema=0.5)
     group.warmup = 10
     assert float(loop.learning_rate(group, 0.2)(jnp.asarray(count))) == pytest.approx(2 * expected)
 
 
 def test_kernels_take_orthogonal_updates_of_adams_size_and_the_rest_takes_adams(rng):
-    group = settings._training(steps=100, batch_size=1, lr=0.5, ema=0.5)
+    group = training(steps=100, batch_size=1, lr=0.5, ema=0.5)
     group.warmup = 1
     optimizer = loop.make_optimizer(group, 0.2, 1e9)
     shapes = {
@@ -241,7 +249,8 @@ def test_a_batch_is_split_over_all_devices_and_the_step_is_the_same(tmp_path):
 import jax, jax.numpy as jnp, numpy as np
 from sbv2_jax.openmoji.pretrain import loop
 from sbv2_jax.openmoji.pretrain import settings
-group = settings._training(steps=9, batch_size=8, lr=0.1, ema=0.5)
+group = settings.default_config().vae
+group.update(steps=9, batch_size=8, lr=0.1, ema=0.5)
 group.warmup = 1
 optimizer = loop.make_optimizer(group, 0.2, 1.0)
 data = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
