@@ -39,7 +39,10 @@ def choose(names: Sequence[str], column: str, source: str) -> str:
 
 
 def leaves(value: Any, path: Sequence[str]) -> Iterator[Any]:
-    """Yields what lies at a path of keys in nested objects, of lists every entry; raises KeyError."""
+    """Yields what lies at a path of keys in nested objects: of a list every entry, at `*` every value.
+
+    Raises KeyError where there is nothing.
+    """
     if isinstance(value, list):
         for entry in value:
             yield from leaves(entry, path)
@@ -49,6 +52,8 @@ def leaves(value: Any, path: Sequence[str]) -> Iterator[Any]:
         whole = ".".join(path)
         if whole in value:  # a key with dots in it
             yield from leaves(value[whole], ())
+        elif path[0] == "*":
+            yield from leaves(list(value.values()), path[1:])
         else:
             yield from leaves(value[path[0]], path[1:])
     elif value is not None:

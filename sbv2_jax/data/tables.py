@@ -156,7 +156,9 @@ def _rows(path: Path, value: dict) -> tuple[str, Any]:
     if not found and value and all(isinstance(row, dict) and usual(row) for row in value.values()):
         return "", list(value.values())
     keys = ", ".join(ascii(key)[1:-1][:60] for key in list(found or value)[:10])
-    raise InputError(f"{path}: an object without a list of prompts that stands out among {keys}: {HOW}")
+    raise InputError(
+        f"{path}: an object without a list of prompts that stands out among {keys}: {HOW}; * is every key"
+    )
 
 
 def _choose(path: Path, names: list[str], column: str, notes: list[str], inside: str = "") -> str:

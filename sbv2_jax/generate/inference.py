@@ -209,6 +209,11 @@ def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
         raise InputError(
             f"{path_or_id}: unet/config.json does not say a sample_size: write it, the latents' side"
         )
+    factor = 2 ** (len(unet.block_out_channels) - 1)
+    if unet.sample_size % factor:
+        raise InputError(
+            f"{path_or_id}: unet/config.json says sample_size={unet.sample_size}: a multiple of {factor} is drawn"
+        )
     generator = Generator(
         unet=network(unet),
         schedule=make_schedule(parts.schedule_config),

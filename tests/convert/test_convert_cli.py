@@ -29,6 +29,8 @@ from sbv2_jax.models.registry import network
 from sbv2_jax.run.conversions import COMMANDS
 from sbv2_jax.run.export import export_checkpoint, export_lora
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:

@@ -23,6 +23,8 @@ from sbv2_jax.convert.model import open_model
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import network
 
+pytestmark = pytest.mark.slow
+
 RANK, ALPHA, CONV_ALPHA = 4, 6.0, 3.0
 
 

@@ -38,6 +38,8 @@ from sbv2_jax.run.build import assemble
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import default_config
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = ("unet", "vae", "text_encoder", "vae_tiny", "clip")
 
 

@@ -123,6 +123,12 @@ def test_a_tokenizer_shorter_than_its_text_encoder_draws_as_diffusers_does(broke
     assert (parts.prompt_length, parts.clip_prompt_length) == (LENGTH - 4, LENGTH - 4)
 
 
+def test_a_size_that_the_levels_do_not_divide_is_one_line(broken):
+    change_json(broken / "unet" / "config.json", sample_size=7)
+    with pytest.raises(InputError, match="unet/config.json says sample_size=7: a multiple of 2 is drawn"):
+        sbv2_jax.load(broken)
+
+
 def damage(component: Path, value: float, count: int = 1) -> list[str]:
     (file,) = component.glob("*.safetensors")
     tensors = load_file(file)

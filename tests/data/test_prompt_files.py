@@ -170,6 +170,12 @@ def test_the_column_is_guessed_and_told_or_named(tmp_path):
     split = {"images": [{"sentences": [{"raw": "a"}, {"raw": "b"}]}, {"sentences": [{"raw": "c"}]}]}
     karpathy = write(tmp_path / "dataset_coco.json", as_json(split))
     assert everything(open_prompts(karpathy, "images.sentences.raw")) == ["a", "b", "c"]
+    by_picture = write(tmp_path / "captions.json", as_json({"1.jpg": "a", "2.jpg": ["b", "c"]}))
+    with pytest.raises(
+        InputError, match=r"stands out among 1\.jpg, 2\.jpg: name it by --column .*; \* is every key"
+    ):
+        open_prompts(by_picture)
+    assert everything(open_prompts(by_picture, "*")) == ["a", "b", "c"]
 
 
 def test_a_table_by_another_name_is_no_text(tmp_path):

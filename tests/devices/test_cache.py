@@ -7,6 +7,8 @@ import pytest
 
 from sbv2_jax.devices.cache import use_cache
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def directory():

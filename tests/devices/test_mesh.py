@@ -9,6 +9,8 @@ import pytest
 from sbv2_jax.devices.sharding import AXES, make_mesh
 from sbv2_jax.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:

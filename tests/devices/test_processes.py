@@ -20,6 +20,8 @@ from sbv2_jax.devices.processes import join
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"steps": 3, "sample.every": 0, "checkpoint.every": 3}
 
 

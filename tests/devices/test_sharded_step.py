@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import measured
 
+pytestmark = pytest.mark.slow
+
 # Sums over the batch and over split dimensions are taken in another order. Errors are counted against the
 # largest value of each tensor; where the gradients of the samples nearly cancel, their sum has a larger one.
 WEIGHT_BOUND, MOMENT_BOUND, METRIC_BOUND = 2e-6, 5e-5, 1e-5

@@ -23,6 +23,8 @@ from sbv2_jax.models.clip import TextOutput
 from sbv2_jax.models.conditions import Text, TextEncoder
 from sbv2_jax.tree import leaf_names
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def toy():

@@ -15,6 +15,8 @@ from torch_reference import integers, nchw
 
 from sbv2_jax.distill import steps
 
+pytestmark = pytest.mark.slow
+
 BOUND = 1e-4
 GUIDANCES = [(4.5, 4.5), (4.5, 1.0), (1.0, 1.0)]
 

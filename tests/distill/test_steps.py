@@ -25,6 +25,8 @@ from sbv2_jax.convert.formats.names import params_to_torch
 from sbv2_jax.distill import steps
 from sbv2_jax.distill.train_step import make_train_step
 
+pytestmark = pytest.mark.slow
+
 GRADIENT_BOUND = 1e-4
 WEIGHT_BOUND = 1e-5
 UPDATE_BOUND = 1e-4

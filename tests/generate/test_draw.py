@@ -241,3 +241,27 @@ def test_the_column_that_was_guessed_is_told(model, tmp_path, caplog):
         **SETTINGS | {"prompts": [], "prompts_file": str(tmp_path / "p.csv")},
     )
     assert "p.csv: the prompts are its column 'caption', of id, caption" in caplog.text
+
+
+def test_the_column_of_a_file_at_home_is_a_flag(tmp_path):
+    (tmp_path / "p.csv").write_text("text,caption\ncat,dog\n")
+    command = [
+        sys.executable,
+        "launch/generate.py",
+        "--model=nowhere",
+        "--prompts=~/p.csv",
+        "--out=/tmp/none.png",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    for flags, message in (
+        (
+            [],
+            f"{tmp_path}/p.csv: each of its columns text, caption may hold the prompts: name it by --column",
+        ),
+        (["--column=caption"], "nowhere does not exist"),
+    ):
+        done = subprocess.run(
+            [*command, *flags], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith("error: ") and message in done.stderr

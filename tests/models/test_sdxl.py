@@ -35,6 +35,8 @@ from sbv2_jax.run.export import export_lora
 from sbv2_jax.run.loop import train
 from sbv2_jax.run.trained import open_model
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a red apple", "dog"]
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "np"}
 BOUND = 2 / 255

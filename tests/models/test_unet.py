@@ -27,6 +27,8 @@ from sbv2_jax.models.unet import (
 )
 from sbv2_jax.tree import cast, count
 
+pytestmark = pytest.mark.slow
+
 SD15, SD21, SDXL = (published.ARCHITECTURES[name]["unet"] for name in ("sd15", "sd21", "sdxl"))
 SMALL = {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 16}
 CASES = {

@@ -16,6 +16,8 @@ from sbv2_jax.models.tokenizer import load_tokenizer
 from sbv2_jax.openmoji import world as openmoji
 from sbv2_jax.openmoji.pretrain.clip import accuracy
 
+pytestmark = pytest.mark.slow
+
 CANDIDATES = 64
 
 

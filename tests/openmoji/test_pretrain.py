@@ -28,6 +28,8 @@ from sbv2_jax.openmoji.pretrain.pictures import in_batches, to_float
 from sbv2_jax.openmoji.pretrain.run import pretrain
 from sbv2_jax.run.preemption import EXIT_PREEMPTED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

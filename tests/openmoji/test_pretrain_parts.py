@@ -22,6 +22,8 @@ from sbv2_jax.openmoji.pretrain import loop, losses, settings, unet
 from sbv2_jax.openmoji.pretrain.dataset import open_world
 from sbv2_jax.openmoji.pretrain.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -29,6 +29,8 @@ from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import default_config
 from sbv2_jax.tree import GIB
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "block_out_channels": (16, 32),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -299,7 +301,6 @@ def test_a_step_compiles_for_a_topology(world, topology):
     assert 0 < found.generate.need.arrays < once, "the networks of one student, and nothing of its training"
 
 
-@pytest.mark.slow
 def test_two_devices_of_a_chip_compile_a_step_together(world):
     """TPU v7: eight devices of 2 x 2 x 1 chips, of which each has half a chip's memory."""
     found = plan.compile_for(tiny(world, **{"mesh.fsdp": 4}), "tpu7x:2x2x1")

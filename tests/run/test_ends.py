@@ -18,6 +18,8 @@ from sbv2_jax.run.guard import MOST_SKIPPED, Guard
 from sbv2_jax.run.preemption import EXIT_PREEMPTED
 from sbv2_jax.run.watchdog import EXIT_HUNG
 
+pytestmark = pytest.mark.slow
+
 ENDLESS = {"steps": 100_000, "sample.every": 0, "checkpoint.every": 100_000}
 SOON = 20.0  # seconds; JAX's own heartbeat needs 100
 

@@ -20,6 +20,8 @@ from sbv2_jax.generate.pictures import save_png
 from sbv2_jax.run import hub
 from sbv2_jax.run.export import export_checkpoint
 
+pytestmark = pytest.mark.slow
+
 METRICS = [{"step": step, "loss/vsd": 0.125 * step, "images_per_sec": None} for step in range(1, STEP + 3)]
 
 

@@ -19,6 +19,8 @@ from sbv2_jax.run.config import default_config, validate
 from sbv2_jax.run.export import export_lora
 from sbv2_jax.run.loop import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:

@@ -6,6 +6,8 @@ import pytest
 
 from sbv2_jax.run.preemption import Preemption
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_noted_and_the_second_ends_the_process(number):

@@ -13,6 +13,8 @@ from sbv2_jax.run.compilation import lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import default_config
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("a red apple", "a dog", "red dog", "an apple", "apple")
 
 

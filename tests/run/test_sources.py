@@ -22,6 +22,8 @@ from sbv2_jax.run.config import default_config
 from sbv2_jax.run.loop import train
 from sbv2_jax.run.sources import Files, check_forced, sources_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

@@ -25,6 +25,8 @@ from sbv2_jax.models import lora
 from sbv2_jax.run.loop import train
 from sbv2_jax.run.preemption import EXIT_PREEMPTED
 
+pytestmark = pytest.mark.slow
+
 LORA = {
     "student.mode": "lora",
     "student.lora.rank": 2,
