@@ -48,7 +48,7 @@ MEMORY_ROWS = (
 SIZES, SHARE = (16, 32, 80, 141), 0.95
 ONE_BOARD = {"v4:2x2x1": 4, "v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x4": 8}
 ROWS = [
-    # configs/tpu_v4.py, --config.batch_size=128, on 8, 32 and 128 chips
+    # configs/tpu_v4.py, --config.batch_size=128 --config.mesh.fsdp=4, on 8, 32 and 128 chips
     *(Row("sd21-base", 512, topology, 128, 4) for topology in ("v4:2x2x2", "v4:2x4x4", "v4:4x4x8")),
     *MEMORY_ROWS[:2],
     *(Row("sd21-base", 512, topology, 8 * count, count) for topology, count in ONE_BOARD.items()),

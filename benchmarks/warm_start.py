@@ -1,6 +1,7 @@
 """Times how long a run takes to its first step, with an empty cache of compiled programs and with a full one.
 
-python benchmarks/warm_start.py --config=configs/tpu_v4.py --config.batch_size=1 --config.mesh.fsdp=1
+python benchmarks/warm_start.py --config=configs/tpu_v4.py --config.batch_size=1 \
+    --config.mesh.fsdp=1 --config.remat=block
 
 Each start is a process of its own. It reads no weights: the networks have their published shapes, and the step is
 compiled for the devices that are here.

@@ -69,6 +69,8 @@ def test_a_run_leaves_the_files_that_it_promises(straight):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
         assert line["loss/vsd"] > 0 and line["loss/score"] > 0 and line["images_per_sec"] > 0
+        assert line["lr/student"] > 0 and line["lr/score"] > 0 and "clip/weight" not in line
+        assert 0 < line["seconds_per_step"] <= 4 / line["images_per_sec"] and line["memory/host_gib"] > 0.1
         assert line["grad_norm/student"] > 0 and line["grad_norm/score"] > 0 and line["skipped"] == 0
     assert sorted(path.name for path in (workdir / "samples").iterdir()) == [
         f"step_{step:06d}.png" for step in (0, 3, 6)
@@ -132,6 +134,10 @@ def test_lora_with_clip_trains_and_exports_merged_weights(world, tmp_path):
     assert code == 0, err
     lines = metrics(tmp_path)
     assert all(0 < line["loss/clip"] < 2 for line in lines)
+    assert [line["clip/weight"] for line in lines] == pytest.approx(
+        [0.5 * (1 - step / STEPS) for step in range(STEPS)]
+    )
+    assert all(line["clip/clamped"] in (0, 0.25, 0.5, 0.75) for line in lines)
     _, trained, manifest = checkpoint.load(tmp_path / "checkpoints", prefix="student.")
     assert all(lora.is_lora(name) for name in trained)
     assert manifest.config["student"]["mode"] == "lora"
@@ -146,7 +152,7 @@ def test_lora_with_clip_trains_and_exports_merged_weights(world, tmp_path):
 def test_dry_run_of_sd21_counts_and_allocates_nothing(tmp_path):
     code, out, err = run(
         [sys.executable, "launch/train.py", f"--config={ROOT}/configs/tpu_v4.py:lora", "--dry_run"]
-        + [f"--workdir={tmp_path / 'none'}", "--config.mesh.data=8"]
+        + [f"--workdir={tmp_path / 'none'}", "--config.mesh.data=8", "--config.mesh.fsdp=4"]
     )
     assert code == 0, err
     assert "data 8 x fsdp 4 = 32 devices" in out
