@@ -8,7 +8,7 @@ from made_run import make_run
 from ml_collections import ConfigDict
 from tiny_pipeline import write_pipeline
 
-from sbv2_jax.convert.lora.files import save_lora
+from sbv2_jax.convert.lora.write import save_lora
 from sbv2_jax.devices.sharding import make_mesh, shardings
 from sbv2_jax.errors import InputError
 from sbv2_jax.models import lora
