@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def merged_by_peft(unet: TorchUNet, shapes: Shapes) -> dict[str, np.ndarray]:
     state = {
         name.replace(".base_layer", ""): tensor.detach().numpy()
         for name, tensor in unet.state_dict().items()
-        if ".lora_" not in name
+        if not re.search(r"\.(lora|hada|lokr)_", name)
     }
     return params_from_torch(state, shapes)
 

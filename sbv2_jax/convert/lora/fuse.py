@@ -55,11 +55,12 @@ def fuse(
     """Returns the base with LoRAs added, each times its strength, in float32, in the base's types.
 
     Every kernel is rounded once. Raises InputError as `require_fit` does, and for a layer with DoRA's magnitudes at
-    another strength than 1 or beside another LoRA's change, which PEFT and the web UIs compute differently.
+    another strength than 1 or beside another LoRA's change, which PEFT and the web UIs compute differently; and for weights
+    that would not be finite.
     """
     loras = [lora, *others]
     strengths = [1.0] * len(loras) if strengths is None else strengths
-    fused = dict(base)
+    fused, broken = dict(base), []
     for one in loras:
         require_fit(one, base, "the base")
     for layer in sorted({layer for one in loras for layer in one.layers}):
@@ -79,7 +80,12 @@ def fuse(
             total = total + (update if strength == 1.0 else np.float32(strength) * update)
         if dora:
             total = changing[0][0].magnified(layer, total)
-        fused[f"{layer}.kernel"] = total.astype(kernel.dtype)
+        total = total.astype(kernel.dtype)
+        if not np.isfinite(total).all():
+            broken.append(layer)
+        fused[f"{layer}.kernel"] = total
+    if broken:
+        raise InputError(f"the weights would not be finite in {len(broken)} layers: {listed(broken, ', ')}")
     return fused
 
 
