@@ -54,9 +54,9 @@ def fuse(
 ) -> dict[str, np.ndarray]:
     """Returns the base with LoRAs added, each times its strength, in float32, in the base's types.
 
-    Every kernel is rounded once. Raises InputError as `require_fit` does, and for a layer with DoRA's magnitudes at
-    another strength than 1 or beside another LoRA's change, which PEFT and the web UIs compute differently; and for weights
-    that would not be finite.
+    Every kernel is rounded once. Raises InputError as `require_fit` does, for weights that would not be finite, and
+    for a layer with DoRA's magnitudes at another strength than 1 or beside another LoRA's change, which PEFT and
+    the web UIs compute differently.
     """
     loras = [lora, *others]
     strengths = [1.0] * len(loras) if strengths is None else strengths
