@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sbv2_jax.convert.formats.finite import is_finite, refuse_not_finite
 from sbv2_jax.convert.formats.names import to_ours
 from sbv2_jax.convert.formats.safetensors_io import TensorInfo, read_header
 from sbv2_jax.convert.lora import settings as said
@@ -153,12 +154,8 @@ def _lora(
         raise InputError(f"{path} is not a whole LoRA: {listed(wrong)}")
     for one in settings:
         _require_kind(one, path, factors, products, magnitudes)
-    if broken := [
-        layer
-        for layer, tensors in network.items()
-        if not all(np.isfinite(one).all() for one in tensors.values())
-    ]:
-        raise InputError(f"{path} holds numbers that are not finite: {listed(broken, ', ')}")
+    broken = [layer for layer, tensors in network.items() if not all(map(is_finite, tensors.values()))]
+    refuse_not_finite(broken, str(path))
     scales = _scales(path, network, paths, settings, alpha, ranks, needed=needed)
     return Lora(factors, scales, products, magnitudes)
 

@@ -54,13 +54,12 @@ def fuse(
 ) -> dict[str, np.ndarray]:
     """Returns the base with LoRAs added, each times its strength, in float32, in the base's types.
 
-    Every kernel is rounded once. Raises InputError as `require_fit` does, for weights that would not be finite, and
-    for a layer with DoRA's magnitudes at another strength than 1 or beside another LoRA's change, which PEFT and
-    the web UIs compute differently.
+    Every kernel is rounded once. Raises InputError as `require_fit` does, and for a layer with DoRA's magnitudes at
+    another strength than 1 or beside another LoRA's change: PEFT and the web UIs differ there.
     """
     loras = [lora, *others]
     strengths = [1.0] * len(loras) if strengths is None else strengths
-    fused, broken = dict(base), []
+    fused = dict(base)
     for one in loras:
         require_fit(one, base, "the base")
     for layer in sorted({layer for one in loras for layer in one.layers}):
@@ -80,12 +79,7 @@ def fuse(
             total = total + (update if strength == 1.0 else np.float32(strength) * update)
         if dora:
             total = changing[0][0].magnified(layer, total)
-        total = total.astype(kernel.dtype)
-        if not np.isfinite(total).all():
-            broken.append(layer)
-        fused[f"{layer}.kernel"] = total
-    if broken:
-        raise InputError(f"the weights would not be finite in {len(broken)} layers: {listed(broken, ', ')}")
+        fused[f"{layer}.kernel"] = total.astype(kernel.dtype)
     return fused
 
 
@@ -127,11 +121,15 @@ def fuse_file(
     loras: str | Path | Sequence[str | Path],
     out: str | Path,
     alpha: float | str | None = None,
+    *,
+    dtype: Any | None = None,
 ) -> None:
     """Writes a model with LoRAs fused: one or several, each `SOURCE[:STRENGTH]`, a file, a folder or a hub id.
+
+    `alpha` is explained at `read_loras`, `dtype` at `save_model`.
 
     Raises InputError as `parse_request`, `fuse_model` and `save_model` do; nothing is written then.
     """
     several = [loras] if isinstance(loras, str | Path) else loras
     requests = [parse_request(str(one)) for one in several]
-    save_model(out, fuse_model(model, requests, alpha))
+    save_model(out, fuse_model(model, requests, alpha), dtype=dtype)
