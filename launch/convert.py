@@ -6,10 +6,13 @@ python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR [--dtype=TYPE]
 python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR [--dtype=TYPE]
 python launch/convert.py from-openclip --model=DIR_OR_ID --out=DIR
 python launch/convert.py lora --run=RUN --out=FILE.safetensors [--step=N] [--which=student|ema|score]
-python launch/convert.py fuse --model=DIR --lora=FILE.safetensors --out=DIR [--alpha=A] [--dtype=TYPE]
+    [--format=diffusers|kohya]
+python launch/convert.py fuse --model=DIR --lora=FILE_OR_DIR_OR_ID[:STRENGTH] [--lora=...] --out=DIR [--alpha=A|rank]
+    [--dtype=TYPE]
 python launch/convert.py merge --model=DIR_OR_RUN --weight=0.5 --model=DIR_OR_RUN --weight=0.5 --out=DIR
     [--dtype=TYPE]
 python launch/convert.py extract-lora --model=DIR --base=DIR --rank=R --out=FILE.safetensors
+    [--format=diffusers|kohya]
 python launch/convert.py inspect --model=DIR_OR_FILE [--other=DIR_OR_FILE]
 
 Each command and its flags are declared in sbv2_jax/run/conversions.py.

@@ -1,6 +1,7 @@
 """LoRA files as PEFT and diffusers read them, and pictures drawn with them."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def merged_by_peft(unet: TorchUNet, shapes: Shapes) -> dict[str, np.ndarray]:
     state = {
         name.replace(".base_layer", ""): tensor.detach().numpy()
         for name, tensor in unet.state_dict().items()
-        if ".lora_" not in name
+        if not re.search(r"\.(lora|hada|lokr)_", name)
     }
     return params_from_torch(state, shapes)
 

@@ -61,6 +61,12 @@ def merge(base: Params, lora: Params, scale: float) -> Params:
     for module in modules:
         kernel = base[f"{module}.kernel"]
         down, up = (lora[f"{module}{_INFIX}{part}.kernel"].astype(jnp.float32) for part in ("down", "up"))
-        update = scale * jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
-        merged[f"{module}.kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+        merged[f"{module}.kernel"] = (kernel.astype(jnp.float32) + update(down, up, scale)).astype(
+            kernel.dtype
+        )
     return merged
+
+
+def update(down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
+    """Returns what a LoRA adds to a kernel, `scale * down @ up`, in full precision."""
+    return scale * jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)

@@ -1,14 +1,11 @@
 """The weights of a run: loaded onto their shardings, or made at step 0."""
 
-import math
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sbv2_jax.convert.formats.component import load_component
-from sbv2_jax.convert.lora.files import modules_of, read_lora
+from sbv2_jax.convert.lora.files import layers_of, read_lora
 from sbv2_jax.distill.state import Frozen, TrainState, init_state
 from sbv2_jax.errors import InputError
 from sbv2_jax.models import lora
@@ -50,23 +47,24 @@ def load_frozen(run: Run, null_ids: np.ndarray, placement: Frozen) -> Frozen:
 
 
 def read_start(run: Run, file: str) -> dict[str, np.ndarray]:
-    """Reads the LoRA file that the student's LoRA starts from, in float32.
+    """Reads the LoRA that the student's LoRA starts from, in float32, from a file, a folder or a hub id.
 
-    Raises InputError as `read_lora` does, and, listing every difference, for other layers, another rank or
-    another strength, alpha / rank, than the run's.
+    What it adds to the weights is kept: where its strength, alpha / rank, is not the run's, the quotient goes into
+    the factors `up`. Raises InputError as `read_lora` does, for variants of LoRA, and, listing every difference, for
+    other layers or another rank than the run's.
     """
     shapes, scale = run.state_shapes.student, run.objective.student_lora_scale
-    start = read_lora(Path(file).expanduser(), layers=modules_of(shapes))
-    require_same(start.factors, shapes, file, "config.student.lora")
-    if wrong := [
-        f"{module} has {found:g}"
-        for module, found in start.scales.items()
-        if not math.isclose(found, scale, rel_tol=1e-6)
-    ]:
+    start = read_lora(file, layers=layers_of(run.frozen_shapes.student))
+    if not start.plain:
         raise InputError(
-            f"{file} has another alpha / rank than config.student.lora, {scale:g}: {'; '.join(wrong)}"
+            f"{file} is a variant of LoRA (LoCon, LoHa, LoKr or DoRA): a student's is a plain one"
         )
-    return dict(start.factors)
+    require_same(start.factors, shapes, file, "config.student.lora")
+    factors = dict(start.factors)
+    for module, found in start.scales.items():
+        name = f"{module}.lora.up.kernel"
+        factors[name] = factors[name] * np.float32(found / scale)
+    return factors
 
 
 def load_state(run: Run, placement: TrainState, start: dict[str, np.ndarray] | None = None) -> TrainState:

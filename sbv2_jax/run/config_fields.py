@@ -54,7 +54,7 @@ FIELDS: dict[str, Field] = {
     "student.lora.init": Field(
         "",
         text(empty=True),
-        'A LoRA file to start from, of the same layers, rank and alpha; "" starts anew.',
+        'A LoRA to start from (a file, a folder or a hub id), of the same layers and rank; "" starts anew.',
     ),
     "score.lr": Field(
         1e-3,

@@ -17,6 +17,12 @@ _DTYPE = Flag(
     "The type of the weights; a pipeline's is float32.",
     check=one_of("float32", "bfloat16", "float16"),
 )
+_FORMAT = Flag(
+    "format",
+    'The names of a LoRA file: "diffusers", for PEFT too, or "kohya", for ComfyUI, A1111 and Forge.',
+    check=one_of("diffusers", "kohya"),
+    default="diffusers",
+)
 _OUT = Flag("out", "The directory or file to write; nothing is overwritten.", path, text(), required=True)
 
 
@@ -65,15 +71,17 @@ def from_openclip(given: Namespace) -> None:
 
 
 def lora(given: Namespace) -> None:
-    """Writes the LoRA of a run, of its student or of its score model, as a file for diffusers and PEFT."""
+    """Writes the LoRA of a run, of its student or of its score model, as a file."""
     from sbv2_jax.run import export
 
-    step = export.export_lora(given.run, given.out, step=given.step, which=given.which)
+    step = export.export_lora(
+        given.run, given.out, step=given.step, which=given.which, file_format=given.format
+    )
     print(f"wrote {given.out} from step {step}")
 
 
 def fuse(given: Namespace) -> None:
-    """Adds a LoRA file to the weights of a model, in float32."""
+    """Adds LoRAs to the weights of a model, in float32."""
     from sbv2_jax.convert.lora.fuse import fuse_file
     from sbv2_jax.run.trained import open_model
 
@@ -93,7 +101,8 @@ def extract_lora(given: Namespace) -> None:
     from sbv2_jax.convert.lora.extract import extract_file, summary
     from sbv2_jax.run.trained import open_model
 
-    print(summary(extract_file(open_model(given.model), open_model(given.base), given.rank, given.out)))
+    model, base = open_model(given.model), open_model(given.base)
+    print(summary(extract_file(model, base, given.rank, given.out, file_format=given.format)))
 
 
 def inspect(given: Namespace) -> None:
@@ -135,15 +144,23 @@ COMMANDS = {
                 'What to write: "student", "ema" (its average; the default of a run that keeps one) or "score".',
                 check=one_of("student", "ema", "score"),
             ),
+            _FORMAT,
         ),
         lora,
     ),
     "fuse": Command(
         (
             _MODEL,
-            Flag("lora", "The LoRA file.", path, text(), required=True),
+            Flag(
+                "lora",
+                "A LoRA: a file, a folder or a hub id; SOURCE:0.7 adds it at this strength. Given several times.",
+                path,
+                text(),
+                required=True,
+                several=True,
+            ),
             _OUT,
-            Flag("alpha", "The alpha of a LoRA file that does not say it.", float, number(0, above=True)),
+            Flag("alpha", 'The alpha of a LoRA that does not say it, or "rank" for that of each layer.'),
             _DTYPE,
         ),
         fuse,
@@ -170,6 +187,7 @@ COMMANDS = {
             Flag("base", "The model that the LoRA will be for.", path, text(), required=True),
             Flag("rank", "The rank of the LoRA.", int, whole(1), required=True),
             _OUT,
+            _FORMAT,
         ),
         extract_lora,
     ),

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sbv2_jax.convert.formats.pipeline import save_pipeline
-from sbv2_jax.convert.lora.files import save_lora
+from sbv2_jax.convert.lora.write import save_lora
 from sbv2_jax.convert.model import save_model
 from sbv2_jax.devices import processes
 from sbv2_jax.distill.state import TrainState
@@ -92,12 +92,17 @@ def export_checkpoint(
 
 
 def export_lora(
-    run: str | Path, out: str | Path, *, step: int | None = None, which: str | None = None
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    which: str | None = None,
+    file_format: str = "diffusers",
 ) -> int:
-    """Writes a LoRA of a run's checkpoint as a file for diffusers and PEFT; returns the checkpoint's step.
+    """Writes a LoRA of a run's checkpoint as a file; returns the checkpoint's step.
 
     `which` is "student", "ema" (the student's average) or "score", the LoRA on the teacher; without it, the
-    average where the run keeps one.
+    average where the run keeps one. `file_format` is explained at `save_lora`.
     Raises InputError as `export_checkpoint` does, for a student of which all weights were trained, and where
     the file exists.
     """
@@ -110,7 +115,8 @@ def export_lora(
         raise InputError(
             f"{run} trains all weights of its student, not a LoRA: convert to-diffusers, then extract-lora"
         )
-    save_lora(out, trained, config.score.alpha if which == "score" else config.student.lora.alpha)
+    alpha = config.score.alpha if which == "score" else config.student.lora.alpha
+    save_lora(out, trained, alpha, file_format=file_format)
     return found
 
 

@@ -9,7 +9,9 @@ import numpy as np
 
 from sbv2_jax.convert.formats.component import Component, load_component
 from sbv2_jax.convert.formats.pipeline import one_step_scheduler
+from sbv2_jax.convert.lora.files import modules_of
 from sbv2_jax.convert.lora.fuse import require_fit
+from sbv2_jax.convert.lora.kinds import Lora
 from sbv2_jax.convert.model import Model
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.models import lora
@@ -41,7 +43,7 @@ def student_model(
     weights = dict(trained)
     if any(lora.is_lora(leaf) for leaf in trained):
         start = load_component(init, dtype=jnp.float32).params
-        require_fit(trained, start, str(init))
+        require_fit(Lora(trained, dict.fromkeys(modules_of(trained), lora_scale)), start, str(init))
         merged = lora.merge(start, weights, lora_scale)
         weights = {leaf: np.asarray(array) for leaf, array in merged.items()}
     scheduler = one_step_scheduler({"_class_name": "DDPMScheduler", **dataclasses.asdict(schedule)})

@@ -199,14 +199,19 @@ def test_a_lora_is_the_averaged_one_where_the_run_keeps_an_average(world, tmp_pa
         file = tmp_path / f"{which}.safetensors"
         assert export_lora(made.directory, file, which=which) == STEP
         got = read_lora(file).factors
-        assert all(np.array_equal(got[name], factors[name]) for name in factors)
+        assert all(np.array_equal(got[name], scaled(name, leaf, 2)) for name, leaf in factors.items())
+
+
+def scaled(name: str, leaf: np.ndarray, scale: float) -> np.ndarray:
+    """A factor as a file has it: alpha / rank is in those that go up."""
+    return np.float32(scale) * leaf if ".up." in name else leaf
 
 
 def test_the_students_lora_fused_is_the_export(world, low, tmp_path):
     file = tmp_path / "lora.safetensors"
     convert("lora", run=low.directory, out=file)
     update = read_lora(file)
-    assert set(update.alphas.values()) == {8.0} and set(update.scales.values()) == {2.0}
+    assert set(update.scales.values()) == {1.0}, "alpha / rank, 2, is in the factors"
     assert update.factors.keys() == low.state.student.keys()
     convert("fuse", model=[str(world / "pipeline")], lora=file, out=tmp_path / "fused")
     assert same_tensors(tmp_path / "fused", low.directory / "export")
@@ -217,13 +222,17 @@ def test_the_scores_lora_has_its_own_layers_rank_and_alpha(full, world, tmp_path
     convert("lora", run=full.directory, which="score", out=file)
     assert capsys.readouterr().out == f"wrote {file} from step {STEP}\n"
     update = read_lora(file)
-    assert set(update.scales.values()) == {3.0 / 2}
     for name, leaf in full.state.score.items():
-        np.testing.assert_array_equal(update.factors[name], leaf)
+        np.testing.assert_array_equal(update.factors[name], scaled(name, leaf, 1.5))
     base = load_component(world / "pipeline" / "unet").params
     want = lora.merge(base, full.state.score, 1.5)
     got = fuse(base, update)
-    assert all(np.array_equal(got[name], want[name]) for name in want)
+    assert all(np.allclose(got[name], want[name], rtol=0, atol=1e-6) for name in want)
+    layers = [name.removesuffix(".kernel") for name in base if name.endswith(".kernel")]
+    convert("lora", run=full.directory, which="score", format="kohya", out=tmp_path / "kohya.safetensors")
+    kohya = read_lora(tmp_path / "kohya.safetensors", layers=layers)
+    assert kohya.scales == update.scales
+    assert all(np.array_equal(kohya.factors[name], leaf) for name, leaf in update.factors.items())
 
 
 def test_merge_and_extract_lora_reach_their_functions(world, full, tmp_path, capsys):
@@ -235,7 +244,9 @@ def test_merge_and_extract_lora_reach_their_functions(world, full, tmp_path, cap
     np.testing.assert_array_equal(got[name], want)
     convert("extract-lora", model=[trained], base=base, rank=2, out=tmp_path / "lora.safetensors")
     assert capsys.readouterr().out.startswith("rank 2 in ")
-    assert set(read_lora(tmp_path / "lora.safetensors").alphas.values()) == {2.0}
+    written = read_lora(tmp_path / "lora.safetensors")
+    assert set(written.scales.values()) == {1.0}
+    assert {leaf.shape[-1] for name, leaf in written.factors.items() if ".down." in name} == {2}
 
 
 def test_inspect_tells_every_tensor_and_every_difference(world, full, tmp_path, capsys):

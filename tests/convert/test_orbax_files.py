@@ -27,8 +27,8 @@ from sbv2_jax.convert.formats.orbax_files import write_params
 from sbv2_jax.convert.formats.pipeline import load_pipeline
 from sbv2_jax.convert.layouts import rewrite
 from sbv2_jax.convert.lora.extract import extract_file
-from sbv2_jax.convert.lora.files import save_lora
 from sbv2_jax.convert.lora.fuse import fuse_file
+from sbv2_jax.convert.lora.write import save_lora
 from sbv2_jax.convert.merge import merge_models
 from sbv2_jax.convert.model import open_model
 from sbv2_jax.devices.sharding import make_mesh, shardings
@@ -290,7 +290,7 @@ jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv
 from sbv2_jax.convert.lora.extract import extract_file
 from sbv2_jax.convert.lora.fuse import fuse_file
 from sbv2_jax.convert.layouts import rewrite
-from sbv2_jax.convert.lora.files import save_lora
+from sbv2_jax.convert.lora.write import save_lora
 from sbv2_jax.convert.merge import merge_models
 if jax.process_index() == 0:
     rewrite(sys.argv[3], sys.argv[4], orbax=False)

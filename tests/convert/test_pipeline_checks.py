@@ -20,8 +20,8 @@ from sbv2_jax.convert.formats.component import load_component, save_component
 from sbv2_jax.convert.formats.finite import is_finite
 from sbv2_jax.convert.layouts import rewrite
 from sbv2_jax.convert.lora.extract import extract_file
-from sbv2_jax.convert.lora.files import save_lora
 from sbv2_jax.convert.lora.fuse import fuse_file
+from sbv2_jax.convert.lora.write import save_lora
 from sbv2_jax.convert.merge import merge_models
 from sbv2_jax.convert.model import open_model
 from sbv2_jax.errors import InputError

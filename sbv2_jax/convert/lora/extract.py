@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sbv2_jax.convert.lora.files import save_lora
+from sbv2_jax.convert.lora.write import save_lora
 from sbv2_jax.convert.model import Model, require_alike
 from sbv2_jax.errors import InputError
 
@@ -54,8 +54,12 @@ def extract(model: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], ran
     return Extracted(factors, rank, kept / total, left_out)
 
 
-def extract_file(model: Model, base: Model, rank: int, out: str | Path) -> Extracted:
+def extract_file(
+    model: Model, base: Model, rank: int, out: str | Path, *, file_format: str = "diffusers"
+) -> Extracted:
     """Writes the LoRA that turns the UNet of `base` into nearly that of `model`; returns what it holds.
+
+    `file_format` is explained at `save_lora`.
 
     Raises InputError as `extract` and `save_lora` do, and, with the list, for UNets of other shapes.
     """
@@ -63,7 +67,7 @@ def extract_file(model: Model, base: Model, rank: int, out: str | Path) -> Extra
         raise InputError(f"the rank of a LoRA is at least 1, not {rank}")
     require_alike(base, model)
     extracted = extract(model.unet.params, base.unet.params, rank)
-    save_lora(out, extracted.factors, extracted.rank)
+    save_lora(out, extracted.factors, extracted.rank, file_format=file_format)
     return extracted
 
 

@@ -1,241 +1,292 @@
-"""LoRA files as diffusers and PEFT share them: written with alpha, read in both spellings and in kohya's."""
+"""LoRA files as diffusers, PEFT, kohya's scripts and LyCORIS share them, read."""
 
-import dataclasses
-import json
 import math
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from sbv2_jax.convert.formats.files import new_file, parse_json
 from sbv2_jax.convert.formats.finite import is_finite, refuse_not_finite
-from sbv2_jax.convert.formats.names import to_ours, to_torch
-from sbv2_jax.convert.formats.safetensors_io import DTYPES, read_header, read_tensors
-from sbv2_jax.convert.lora.kohya import diffusers_names
-from sbv2_jax.errors import InputError
-from sbv2_jax.models.clip import tensors_of_file
+from sbv2_jax.convert.formats.names import to_ours
+from sbv2_jax.convert.formats.safetensors_io import TensorInfo, read_header
+from sbv2_jax.convert.lora import settings as said
+from sbv2_jax.convert.lora.kinds import LoCon, LoHa, LoKr, Lora, Product
+from sbv2_jax.convert.lora.names import LOHA, LOKR, PEFT_PREFIX, Place, places
+from sbv2_jax.convert.lora.source import PEFT_FILE, find_file, read_settings
+from sbv2_jax.errors import InputError, listed
 
-# Without it diffusers takes alpha = rank, and the update comes back weaker or stronger than it was.
-_METADATA = "lora_adapter_metadata"
-_PREFIX = "unet."
-_FACTORS = {"lora_A": "down", "lora_B": "up", "lora.down": "down", "lora.up": "up"}
-_TENSOR = re.compile(
-    r"(?:base_model\.model\.)?(?:(?P<part>unet|text_encoder|text_encoder_2)\.)?(?P<module>\w[\w.]*?)\."
-    r"(?:(?P<factor>lora_A|lora_B|lora\.down|lora\.up)\.weight|(?P<alpha>alpha))"
-)
-# Variants of LoRA whose update is not alpha / rank * B A.
-_UNSUPPORTED = ("use_dora", "use_rslora", "lora_bias")
+_FLOATS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+# An alpha is a number of any type: diffusers' own converter writes int64.
+_NUMBERS = _FLOATS | {
+    f"{kind[0].upper()}{bits}": kind + str(bits) for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
+_ALPHA_IS_RANK = "rank"
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Lora:
-    """A network's LoRA: `<module>.lora.down.kernel` [in, r], `<module>.lora.up.kernel` [r, out], alpha by module.
-
-    Those of a convolution are [h, w, in, r] and [1, 1, r, out].
-    """
-
-    factors: Mapping[str, np.ndarray]
-    alphas: Mapping[str, float]
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """alpha / rank of every module."""
-        return {
-            module: alpha / self.factors[f"{module}.lora.down.kernel"].shape[-1]
-            for module, alpha in self.alphas.items()
-        }
+# Of a layer: its tensors by their roles, as the file has them.
+_Layer = dict[str, np.ndarray]
 
 
 def modules_of(factors: Mapping[str, Any]) -> list[str]:
-    """Returns the sorted names of the layers that a LoRA changes."""
+    """Returns the sorted names of the layers that factors are of."""
     return sorted({name.split(".lora.")[0] for name in factors})
 
 
-def save_lora(path: str | Path, factors: Mapping[str, np.ndarray], alpha: float) -> None:
-    """Writes a UNet's LoRA of one rank as a file for `pipe.load_lora_weights` and PEFT, in float32.
-
-    The names are `unet.<module>.lora_A.weight` [r, in] and `lora_B.weight` [out, r]; the metadata hold what
-    `peft.LoraConfig` takes. Raises InputError where the file exists or cannot be written.
-    """
-    modules = modules_of(factors)
-    ranks = {factors[f"{module}.lora.down.kernel"].shape[-1] for module in modules}
-    if len(ranks) != 1:
-        raise ValueError(f"a LoRA file of one rank is written, not of {sorted(ranks)}")
-    settings = {
-        "r": ranks.pop(),
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else float(alpha),
-        "target_modules": modules,
-    }
-    tensors = {}
-    for module in modules:
-        for theirs, part in (("lora_A", "down"), ("lora_B", "up")):
-            name = f"{module}.lora.{part}.kernel"
-            tensor = to_torch(name, np.asarray(factors[name], np.float32))
-            tensors[f"{_PREFIX}{module}.{theirs}.weight"] = np.ascontiguousarray(tensor)
-    text = json.dumps({f"{_PREFIX}{name}": value for name, value in settings.items()}, sort_keys=True)
-    with new_file(path) as partial:
-        # One entry only: the library writes several in random order, and the bytes would differ.
-        save_file(tensors, partial, metadata={_METADATA: text})
+def layers_of(params: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the layers of a network that a LoRA can change: those with kernels."""
+    return [name.removesuffix(".kernel") for name in params if name.endswith(".kernel")]
 
 
-def read_lora(path: str | Path, alpha: float | None = None, *, layers: Collection[str] = ()) -> Lora:
+def read_lora(source: str | Path, alpha: float | str | None = None, *, layers: Collection[str] = ()) -> Lora:
     """Reads a LoRA of the UNet alone, as `read_loras` does; raises InputError for one of the text encoder too."""
-    loras = read_loras(path, alpha, {"unet": layers})
+    loras = read_loras(source, alpha, {"unet": layers})
     if set(loras) != {"unet"}:
-        raise InputError(f"{path} is not a LoRA of the UNet alone, but of {' and '.join(loras)}")
+        raise InputError(f"{source} is not a LoRA of the UNet alone, but of {' and '.join(loras)}")
     return loras["unet"]
 
 
 def read_loras(
-    path: str | Path, alpha: float | None, layers: Mapping[str, Collection[str]]
+    source: str | Path, alpha: float | str | None, layers: Mapping[str, Collection[str]]
 ) -> dict[str, Lora]:
-    """Reads the LoRAs of a safetensors file, of "unet", "text_encoder" and "text_encoder_2", of one or more.
+    """Reads the LoRAs of a file, a folder or a hub id: of "unet", "text_encoder" and "text_encoder_2", one or more.
 
-    They are spelled `lora_A`/`lora_B`, `lora.down`/`lora.up`, or by kohya, whose names cannot be read without the
-    paths of the networks' `layers`. Alpha comes from the file's metadata or its `.alpha` tensors; for a LoRA that
-    has neither it must be given.
-    Raises InputError that lists the tensors that are none of a LoRA, lack their other half or have another rank
-    than the metadata say, and for variants of LoRA (DoRA, rank-stabilised, with biases).
+    `layers` are those of the networks, as `names.places` needs them. Each layer's strength, alpha / rank, is what
+    the tensors, the metadata and, for a file of PEFT, the adapter_config.json beside it say. Where nothing is said
+    alpha is the rank of each layer, as diffusers, kohya's scripts and the web UIs have it; only PEFT's own files
+    mean nothing without their configuration. `alpha`, a number or "rank", is for layers of which nothing is said.
+    Raises InputError, listing the tensors, for what is no LoRA or not a whole one, and for strengths that differ.
     """
-    path = Path(path)
-    tensors, settings = _read_tensors(path, layers), _read_settings(path)
-    said = {part: _said(path, *found, settings.get(part, {})) for part, found in tensors.items()}
-    if alpha is not None and all(said.values()):
-        raise InputError(f"{path} says its alpha itself; do not give --alpha")
+    path = find_file(source)
+    infos = read_header(path)
+    found = places(infos, layers, str(path))
+    networks = _read(path, infos, found)
+    peft = path.name == PEFT_FILE or any(name.startswith(PEFT_PREFIX) for name in infos)
+    settings = read_settings(path, peft)
+    if "" in settings and len(networks) > 1:
+        raise InputError(f"{path} is of several networks, and its adapter_config.json of one")
+    alpha = _given(alpha)
     loras = {}
-    for part, (factors, _) in tensors.items():
-        ranks = _ranks(factors)
-        alphas = said[part] or dict.fromkeys(ranks if alpha is not None else (), alpha)
-        if not alphas:
-            raise InputError(
-                f"{path} does not say its alpha: `convert.py fuse` takes --alpha (not recorded, it is often the "
-                f"rank, here {', '.join(map(str, sorted(set(ranks.values()))))})"
-            )
-        if wrong := [module for module in ranks if not math.isfinite(alphas.get(module, math.nan))]:
-            raise InputError(f"{path} has no finite alpha for {', '.join(wrong)}")
-        loras[part] = Lora(factors, {module: float(alphas[module]) for module in ranks})
+    for part, network in networks.items():
+        paths = {place.layer: place.path for place in found.values() if place.part == part}
+        several = [*settings.get(part, ()), *settings.get("", ())]
+        loras[part] = _lora(path, network, paths, several, alpha, needed=peft)
     return loras
 
 
-def _ranks(factors: Mapping[str, np.ndarray]) -> dict[str, int]:
-    return {module: factors[f"{module}.lora.down.kernel"].shape[-1] for module in modules_of(factors)}
+def _given(alpha: float | str | None) -> float | str | None:
+    if alpha is None or alpha == _ALPHA_IS_RANK:
+        return alpha
+    try:
+        value = float(alpha)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"--alpha={alpha}: a finite number or the word {_ALPHA_IS_RANK} is expected")
+    return value
 
 
-def _said(
-    path: Path, factors: Mapping[str, np.ndarray], alphas: Mapping[str, float], settings: Mapping[str, Any]
-) -> Mapping[str, float]:
-    """Returns the alphas that a file gives one of its LoRAs, none of them, or all that it has."""
-    if not settings:
-        return alphas
-    if alphas:
-        raise InputError(f"{path} says alpha twice: in its metadata and in .alpha tensors")
-    ranks = _ranks(factors)
-    wanted = {module: _setting(path, settings, "r", "rank", module) for module in ranks}
-    wrong = [
-        f"{name} has {rank}, not {wanted[name]:g}" for name, rank in ranks.items() if rank != wanted[name]
-    ]
-    if wrong:
-        raise InputError(f"{path} has other ranks than its metadata say: {'; '.join(wrong)}")
-    return {module: _setting(path, settings, "lora_alpha", "alpha", module) for module in ranks}
-
-
-def _read_tensors(
-    path: Path, layers: Mapping[str, Collection[str]]
-) -> dict[str, tuple[dict[str, np.ndarray], dict[str, float]]]:
-    """Returns the factors and the alphas that are tensors, by the network."""
-    infos = read_header(path)
-    today = diffusers_names(infos, layers, str(path))
-    wrong, places = [], {}
+def _read(
+    path: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, Place]
+) -> dict[str, dict[str, _Layer]]:
+    """Returns the tensors of each network and layer, by their roles."""
+    networks: dict[str, dict[str, _Layer]] = {}
+    wrong, twice = [], []
     for name, info in infos.items():
-        match = _TENSOR.fullmatch(today[name])
-        if match is None or len(info.shape) not in ({0, 1} if match["alpha"] else {2, 4}):
-            wrong.append(f"{name} {info.shape}")
-        elif info.dtype not in DTYPES:
+        place = found[name]
+        types = _NUMBERS if place.role == "alpha" else _FLOATS
+        if info.dtype not in types:
             wrong.append(f"{name} has type {info.dtype}")
-        else:
-            places[name] = _place(match)
-    if wrong:
-        raise InputError(
-            f"{path} is not a LoRA in the names of diffusers, PEFT or kohya, in {len(wrong)} tensors: "
-            f"{'; '.join(wrong)}"
-        )
-    found: dict[str, tuple[dict[str, np.ndarray], dict[str, float]]] = {}
-    for name, array in read_tensors(path, infos, mapped=False):
-        part, module, factor = places[name]
-        factors, alphas = found.setdefault(part, ({}, {}))
-        if factor is None:
-            if array.size != 1:
-                raise InputError(f"{path}: {name} is not one number")
-            alphas[module] = float(array.reshape(()))
             continue
-        ours = f"{module}.lora.{factor}.kernel"
-        if ours in factors:
-            raise InputError(f"{path} holds {ours} in two spellings")
-        factors[ours] = to_ours(ours, array.astype(np.float32))
-    if not found:
-        raise InputError(f"{path} is not a whole LoRA: it is empty")
-    for factors, alphas in found.values():
-        _require_pairs(path, factors, alphas)
-        refuse_not_finite([name for name in factors if not is_finite(factors[name])], str(path))
-    return found
-
-
-def _place(match: re.Match) -> tuple[str, str, str | None]:
-    """Returns a tensor's network, its layer, and which factor it is: None for alpha."""
-    part, module = match["part"] or "unet", match["module"]
-    if part != "unet":
-        (module,) = tensors_of_file({module: None})  # older files begin with text_model, today's do not
-    return part, module, None if match["alpha"] else _FACTORS[match["factor"]]
-
-
-def _require_pairs(path: Path, factors: Mapping[str, np.ndarray], alphas: Mapping[str, float]) -> None:
-    modules = modules_of(factors)
-    wrong = []
-    for module in modules:
-        down, up = (factors.get(f"{module}.lora.{part}.kernel") for part in ("down", "up"))
-        if down is None or up is None:
-            wrong.append(f"{module} has only one of its two factors")
-        elif down.ndim != up.ndim or up.shape[:-2] != (1,) * (up.ndim - 2):
-            wrong.append(f"{module} has factors of shapes {down.shape} and {up.shape}")
-        elif down.shape[-1] != up.shape[-2] or not down.shape[-1]:
-            wrong.append(f"{module} has factors of ranks {down.shape[-1]} and {up.shape[-2]}")
-    wrong += [f"{module} has an alpha and no factors" for module in alphas if module not in modules]
+        layer = networks.setdefault(place.part, {}).setdefault(place.layer, {})
+        if place.role in layer:
+            twice.append(name)
+            continue
+        count = math.prod(info.shape)
+        data = np.fromfile(path, np.dtype(types[info.dtype]), count, offset=info.offset)
+        layer[place.role] = data.reshape(info.shape).astype(np.float32)
     if wrong:
-        raise InputError(f"{path} is not a whole LoRA: {'; '.join(wrong)}")
+        raise InputError(f"{path} is not a LoRA of floats: {listed(wrong)}")
+    if twice:
+        raise InputError(f"{path} holds a layer's tensor in two spellings: {listed(twice)}")
+    if not networks:
+        raise InputError(f"{path} is not a whole LoRA: it is empty")
+    return networks
 
 
-def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns what the metadata say of each network's LoRA, by the names of `peft.LoraConfig`."""
-    with safe_open(path, framework="np") as file:
-        text = (file.metadata() or {}).get(_METADATA)
-    settings: dict[str, dict[str, Any]] = {}
-    values = {} if text is None else parse_json(text.encode(), f"the {_METADATA} of {path}")
-    for name, value in values.items():
-        part, dot, setting = name.partition(".")
-        settings.setdefault(part if dot else "unet", {})[setting if dot else name] = value
-        if value and (setting or name) in _UNSUPPORTED:
-            raise InputError(f"{path} is a LoRA with {setting or name}, which is not supported")
-    return settings
+def _lora(
+    path: Path,
+    network: Mapping[str, _Layer],
+    paths: Mapping[str, str],
+    settings: list[said.Settings],
+    alpha: float | str | None,
+    *,
+    needed: bool,
+) -> Lora:
+    factors, products, magnitudes, ranks, wrong = {}, {}, {}, {}, []
+    for layer, tensors in sorted(network.items()):
+        rest = {role: tensor for role, tensor in tensors.items() if role not in _OTHER_ROLES}
+        if set(rest) == {"down", "up"}:
+            problem = _pair(tensors["down"], tensors["up"])
+            ranks[layer] = tensors["down"].shape[0] if tensors["down"].ndim else None
+            for part in () if problem else rest:
+                name = f"{layer}.lora.{part}.kernel"
+                factors[name] = to_ours(name, tensors[part])
+        else:
+            product = _product(rest)
+            problem = _incomplete(rest) if product is None else None
+            if product is not None:
+                ranks[layer], products[layer] = product.rank, product
+        magnitude, dora = _magnitude(tensors)
+        problem = problem or dora or _number(tensors.get("alpha"))
+        if magnitude is not None:
+            magnitudes[layer] = magnitude
+        if problem:
+            wrong.append(f"{layer} {problem}")
+    if wrong:
+        raise InputError(f"{path} is not a whole LoRA: {listed(wrong)}")
+    for one in settings:
+        _require_kind(one, path, factors, products, magnitudes)
+    broken = [layer for layer, tensors in network.items() if not all(map(is_finite, tensors.values()))]
+    refuse_not_finite(broken, str(path))
+    scales = _scales(path, network, paths, settings, alpha, ranks, needed=needed)
+    return Lora(factors, scales, products, magnitudes)
 
 
-def _setting(path: Path, settings: Mapping[str, Any], name: str, kind: str, module: str) -> float:
-    """Returns alpha or the rank of one layer; a pattern is the end of a layer's path, as PEFT means it."""
-    value = settings.get(name)
-    patterns = settings.get(f"{kind}_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise InputError(f"{path}: {kind}_pattern in its metadata is {patterns!r}")
-    for pattern, special in patterns.items():
-        if not re.fullmatch(r"\^?[\w.]+", pattern):
-            raise InputError(f"{path}: {kind}_pattern {pattern!r} in its metadata is not supported")
-        end = pattern.removeprefix("^")
-        if module == end or (end == pattern and module.endswith(f".{end}")):
-            value = special
-            break
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{path}: {name} in its metadata is {value!r}")
-    return float(value)
+_OTHER_ROLES = ("alpha", "dora_scale", "magnitude")
+
+
+def _product(tensors: _Layer) -> Product | None:
+    """Returns the update that tensors other than a plain pair make, or None."""
+    roles, product = set(tensors), None
+    if roles == {"down", "mid", "up"}:
+        product = LoCon(**tensors)
+    elif roles == set(LOHA) or roles == set(LOHA[:4]):
+        product = LoHa(**{role.removeprefix("hada_"): tensor for role, tensor in tensors.items()})
+    elif roles and roles <= set(LOKR):
+        product = LoKr(**{role.removeprefix("lokr_"): tensor for role, tensor in tensors.items()})
+    whole = product is not None and product.fits() and product.rank != 0
+    return product if whole else None
+
+
+def _incomplete(tensors: _Layer) -> str:
+    if set(tensors) <= {"down", "up"}:
+        return "has only one of its two factors" if tensors else "has an alpha and no factors"
+    return f"has {', '.join(f'{role} {tensor.shape}' for role, tensor in sorted(tensors.items()))}"
+
+
+def _pair(down: np.ndarray, up: np.ndarray) -> str | None:
+    if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[2:] != (1,) * (up.ndim - 2):
+        return f"has factors of shapes {down.shape} and {up.shape}"
+    if down.shape[0] != up.shape[1] or not down.shape[0]:
+        return f"has factors of ranks {down.shape[0]} and {up.shape[1]}"
+    return None
+
+
+def _magnitude(tensors: _Layer) -> tuple[np.ndarray | None, str | None]:
+    """Returns a layer's DoRA magnitudes as `Lora` has them, and what is wrong with them."""
+    peft, lycoris = tensors.get("magnitude"), tensors.get("dora_scale")
+    if peft is None and lycoris is None:
+        return None, None
+    if peft is not None and lycoris is None and peft.size and max(peft.shape, default=0) == peft.size:
+        return peft.reshape(-1, 1), None
+    if (
+        peft is None
+        and lycoris.ndim in (2, 4)
+        and 1 in lycoris.shape[:2]
+        and lycoris.shape[2:] in ((), (1, 1))
+    ):
+        return lycoris.reshape(lycoris.shape[:2]), None
+    return None, f"has DoRA's magnitudes of shape {(lycoris if peft is None else peft).shape}"
+
+
+def _number(alpha: np.ndarray | None) -> str | None:
+    if alpha is None:
+        return None
+    if alpha.size != 1:
+        return f"has an alpha of shape {alpha.shape}, not one number"
+    if not alpha.reshape(()):
+        return "has an alpha of 0, which kohya's scripts take as the rank and others as no change"
+    return None if np.isfinite(alpha) else "has no finite alpha"
+
+
+def _require_kind(
+    settings: said.Settings,
+    path: Path,
+    factors: Mapping,
+    products: Mapping[str, Product],
+    magnitudes: Mapping,
+) -> None:
+    """Raises InputError where the tensors are of another kind than is said of them."""
+    kinds = {type(product).__name__.upper() for product in products.values()} | (
+        {"LORA"} if factors else set()
+    )
+    if kinds != {settings.kind}:
+        raise InputError(
+            f"{settings.source} says {settings.kind}, and {path} holds {' and '.join(sorted(kinds))}"
+        )
+    if settings.dora != bool(magnitudes) or (magnitudes and len(magnitudes) < len(modules_of(factors))):
+        raise InputError(
+            f"{settings.source} says use_dora={settings.dora}, and {path} has magnitudes for {len(magnitudes)} of "
+            f"{len(modules_of(factors))} layers"
+        )
+
+
+def _scales(
+    path: Path,
+    network: Mapping[str, _Layer],
+    paths: Mapping[str, str],
+    settings: list[said.Settings],
+    alpha: float | str | None,
+    ranks: Mapping[str, int | None],
+    *,
+    needed: bool,
+) -> dict[str, float]:
+    """Returns alpha / rank of every layer; see `read_loras`."""
+
+    def scale(layer: str, value: float | str) -> float:
+        # LoKr of two whole matrices has no rank, and LyCORIS no strength for it.
+        return 1.0 if value == _ALPHA_IS_RANK or ranks[layer] is None else float(value) / ranks[layer]
+
+    of_tensors = {
+        layer: scale(layer, float(tensors["alpha"].reshape(())))
+        for layer, tensors in network.items()
+        if "alpha" in tensors
+    }
+    sources = [(one.source, said.scales(one, paths, ranks)) for one in settings]
+    sources.append((f"the .alpha tensors of {path}", of_tensors))
+    everywhere = {layer for _, scales in sources for layer in scales}
+    missing = [layer for layer in network if layer not in everywhere]
+    if alpha is not None:
+        sources.append((f"--alpha={alpha}", {layer: scale(layer, alpha) for layer in network}))
+    elif missing and (everywhere or needed):
+        what = (
+            f"of {len(missing)} layers ({listed(missing, ', ')})"
+            if everywhere
+            else "(no adapter_config.json)"
+        )
+        raise InputError(
+            f"{path} does not say the alpha {what}: give it as --alpha=NUMBER, or --alpha=rank for that of each layer"
+        )
+    else:
+        sources.append(("", dict.fromkeys(missing, 1.0)))
+    found: dict[str, tuple[str, float]] = {}
+    for source, scales in sources:
+        differ = {}
+        for layer, value in scales.items():
+            first, other = found.setdefault(layer, (source, value))
+            if not math.isclose(other, value, rel_tol=1e-3):  # an alpha may be float16
+                differ[f"{layer} has {other:g} and {value:g}"] = first
+        if differ:
+            raise InputError(
+                f"alpha / rank by {' and by '.join(sorted(set(differ.values())))} is not that by {source}, in "
+                f"{len(differ)} layers: {listed(list(differ))}"
+            )
+    return {layer: value for layer, (_, value) in sorted(found.items())}
