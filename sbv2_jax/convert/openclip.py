@@ -18,7 +18,7 @@ from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo
 from sbv2_jax.convert.formats.side_files import copy_clip_files, write_preprocessor
 from sbv2_jax.convert.formats.weight_files import open_weights
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from sbv2_jax.models.clip_image import CLIP_MEAN, CLIP_STD, CLIPImageConfig
 from sbv2_jax.models.config import ModelConfig
@@ -251,5 +251,5 @@ def _match(infos: Mapping[str, TensorInfo], sources: Mapping[str, _Source], dire
             wrong.append(f"{name} has type {info.dtype}, expected one of {', '.join(DTYPES)}")
     if wrong:
         raise InputError(
-            f"{directory} does not fit its open_clip_config.json in {len(wrong)} tensors: {'; '.join(wrong)}"
+            f"{directory} does not fit its open_clip_config.json in {len(wrong)} tensors: {listed(wrong)}"
         )

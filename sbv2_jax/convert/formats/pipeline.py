@@ -23,7 +23,14 @@ from sbv2_jax.convert.formats.families import (
     make_index,
     zero_null,
 )
-from sbv2_jax.convert.formats.files import existing_directory, file_of, new_directory, read_json, write_json
+from sbv2_jax.convert.formats.files import (
+    existing_directory,
+    file_of,
+    new_directory,
+    read_json,
+    require_own_link,
+    write_json,
+)
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.convert.formats.side_files import copy_clip_files, tokenizer_files, write_preprocessor
 from sbv2_jax.diffusion.schedule import ScheduleConfig
@@ -110,7 +117,7 @@ def component_dir(directory: str | Path, name: str) -> Path:
 
     A directory that is itself a network of this kind is returned as it is: a bare UNet can stand for a
     pipeline where only the UNet is needed.
-    Raises InputError for a missing folder, and for one that is a symbolic link out of the pipeline.
+    Raises InputError for a missing folder, and as `files.require_own_link` does.
     """
     directory = existing_directory(directory)
     if name not in _PARTS and name not in _EXTRAS:
@@ -124,8 +131,7 @@ def component_dir(directory: str | Path, name: str) -> Path:
     folder = directory / name
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist")
-    if not folder.resolve().is_relative_to(directory.resolve()):
-        raise InputError(f"{folder} is a symbolic link out of the pipeline, to {folder.resolve()}")
+    require_own_link(folder)
     return folder
 
 
