@@ -8,6 +8,7 @@ from sbv2_jax.convert.formats.files import existing_directory
 from sbv2_jax.errors import InputError
 
 _BUNDLED = Path(__file__).parents[2] / "openmoji" / "bundled"
+_SINGLE_FILE = re.compile(r"(?P<file>.+\.(?:safetensors|ckpt|pt|pth|bin))(?:@(?P<base>.+))?")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?")
 # Weights by the names of the libraries: many repositories have whole pipelines in one file at their root too.
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -18,6 +19,8 @@ def resolve(path_or_id: str | Path, stems: Sequence[str] = _STEMS) -> Path:
     """Returns the directory of a model.
 
     The word `bundled` is the pipeline that the package carries. An existing directory is taken as it is.
+    `FILE.safetensors@BASE` is a checkpoint in one file, with what it lacks from the pipeline BASE; without a BASE it
+    stands for its UNet (`single_file.directory_of`).
     Anything else that looks like a path is an InputError that names it: the network is not touched.
     `owner/name`, or `owner/name@revision`, is fetched from the hub into its cache (JSON and text files, and the
     safetensors files whose names begin with one of `stems`), or found there when offline; a failure is an
@@ -27,6 +30,11 @@ def resolve(path_or_id: str | Path, stems: Sequence[str] = _STEMS) -> Path:
         if not (_BUNDLED / "model_index.json").is_file():
             raise InputError(f"the bundled pipeline is missing from this installation ({_BUNDLED})")
         return _BUNDLED
+    if match := _SINGLE_FILE.fullmatch(str(path_or_id)):
+        # What converts it opens pipelines, which are named as they are here.
+        from sbv2_jax.convert.formats.single_file import directory_of
+
+        return directory_of(match["file"], match["base"])
     path = Path(path_or_id).expanduser()
     if not str(path_or_id).strip():
         raise InputError("the name of a model is empty")
