@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sbv2_jax.convert.formats.files import existing_directory
+from sbv2_jax.convert.formats.single_file import directory_of
 from sbv2_jax.errors import InputError
 
 _BUNDLED = Path(__file__).parents[2] / "openmoji" / "bundled"
@@ -30,11 +31,9 @@ def resolve(path_or_id: str | Path, stems: Sequence[str] = _STEMS) -> Path:
         if not (_BUNDLED / "model_index.json").is_file():
             raise InputError(f"the bundled pipeline is missing from this installation ({_BUNDLED})")
         return _BUNDLED
-    if match := _SINGLE_FILE.fullmatch(str(path_or_id)):
-        # What converts it opens pipelines, which are named as they are here.
-        from sbv2_jax.convert.formats.single_file import directory_of
-
-        return directory_of(match["file"], match["base"])
+    match = _SINGLE_FILE.fullmatch(str(path_or_id))
+    if match and not _is_directory(path_or_id):
+        return directory_of(match["file"], match["base"] and resolve(match["base"]))
     path = Path(path_or_id).expanduser()
     if not str(path_or_id).strip():
         raise InputError("the name of a model is empty")
@@ -49,6 +48,17 @@ def resolve(path_or_id: str | Path, stems: Sequence[str] = _STEMS) -> Path:
     if _exists(path.parent):
         raise InputError(f"{path_or_id} does not exist (there is {path.parent}/, so the hub was not asked)")
     return _from_hub(match["id"], match["revision"], stems)
+
+
+def is_single_file(name: str | Path) -> bool:
+    """Whether what has this name is a checkpoint in one file, named without a base."""
+    match = _SINGLE_FILE.fullmatch(str(name))
+    return bool(match) and match["base"] is None and not _is_directory(name)
+
+
+def _is_directory(name: str | Path) -> bool:
+    path = Path(name).expanduser()
+    return _exists(path) and path.is_dir()
 
 
 def is_hub_id(name: str) -> bool:

@@ -19,7 +19,7 @@ from sbv2_jax.convert.formats.component import Component, save_component
 from sbv2_jax.convert.formats.ldm_names import unet_name, vae_name
 from sbv2_jax.convert.formats.legacy import current_names
 from sbv2_jax.convert.formats.names import to_ours, torch_names
-from sbv2_jax.convert.formats.pipeline import load_pipeline, save_pipeline
+from sbv2_jax.convert.formats.pipeline_directory import open_pipeline, write_pipeline
 from sbv2_jax.convert.formats.published_shapes import torch_shape
 from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo, read_header, read_tensors
 from sbv2_jax.diffusion.schedule import PREDICTION_TYPES, ScheduleConfig
@@ -73,7 +73,7 @@ def convert(
     file: str | Path,
     out: str | Path,
     *,
-    base: str | Path | None = None,
+    base: Path | None = None,
     prediction_type: str | None = None,
     dtype: Any | None = "float32",
 ) -> None:
@@ -82,7 +82,7 @@ def convert(
     Args:
       file: a safetensors file.
       out: a new or empty directory.
-      base: the pipeline, of the same shapes, that gives what the file does not hold.
+      base: the directory of the pipeline, of the same shapes, that gives what the file does not hold.
       prediction_type: "epsilon" or "v_prediction"; without it, what the file says, or else the base's scheduler.
       dtype: of all weights; None keeps those of the files.
 
@@ -101,13 +101,13 @@ def convert(
         unet = read_unet(file, None)
         save_component(out, unet.config, unet.params, dtype=dtype)
         return
-    opened = load_pipeline(base)
+    opened = open_pipeline(base)
     networks = _read(file, {name: opened.configs[name] for name in opened.family.networks})
     scheduler = _scheduler(file, opened.scheduler, networks["unet"].config, prediction_type)
-    save_pipeline(out, base=opened.directory, scheduler=scheduler, dtype=dtype, **networks)
+    write_pipeline(out, base=opened, scheduler=scheduler, dtype=dtype, **networks)
 
 
-def directory_of(file: str | Path, base: str | Path | None = None, like: UNetConfig | None = None) -> Path:
+def directory_of(file: str | Path, base: Path | None = None, like: UNetConfig | None = None) -> Path:
     """Returns a directory with what `convert` makes of a file, or, without a base, of its UNet: made once, and kept.
 
     It lies in the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`), under a name that changes with the file and the
@@ -118,7 +118,7 @@ def directory_of(file: str | Path, base: str | Path | None = None, like: UNetCon
         found = file.stat()
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}") from error
-    directory = None if base is None else load_pipeline(base).directory.resolve()
+    directory = None if base is None else open_pipeline(base).directory.resolve()
     state = None if directory is None else (directory / "model_index.json").stat().st_mtime_ns
     key = f"{file.resolve()} {found.st_size} {found.st_mtime_ns} {directory} {state} {like}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sbv2_jax" / "single_file"
