@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 
 Params = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -80,4 +80,4 @@ def require_same(
         elif check_dtype and got[name].dtype != want[name].dtype:
             wrong.append(f"{name} has dtype {got[name].dtype}, expected {want[name].dtype}")
     if wrong:
-        raise InputError(f"{got_name} does not match {want_name} in {len(wrong)} leaves: " + "; ".join(wrong))
+        raise InputError(f"{got_name} does not match {want_name} in {len(wrong)} leaves: {listed(wrong)}")

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sbv2_jax.checkpoint.files import file_sizes, write_durably
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 
 FORMAT = 1
 FILENAME = "manifest.json"
@@ -75,7 +75,7 @@ def read_manifest(directory: Path, step: int) -> Manifest:
         if name in found and found[name] != size
     ]
     if wrong:
-        raise CheckpointError("; ".join(wrong))
+        raise CheckpointError(listed(wrong))
     return manifest
 
 

@@ -19,7 +19,7 @@ from sbv2_jax.checkpoint.manifest import (
     host_copy,
     read_manifest,
 )
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 
 Flat = dict[str, Any]
 Result = TypeVar("Result")
@@ -105,7 +105,7 @@ def read_verified(directory: Path, manifest: Manifest, targets: Flat) -> Flat:
     names, found = list(targets), {}
     for start in range(0, len(names), 16):
         found |= describe({name: host_copy(leaves[name]) for name in names[start : start + 16]})
-    _raise_together("; ".join(changed_leaves(manifest.leaves, found)))
+    _raise_together(listed(changed_leaves(manifest.leaves, found)))
     return leaves
 
 

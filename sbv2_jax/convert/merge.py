@@ -11,7 +11,7 @@ import numpy as np
 
 from sbv2_jax.convert.model import Model, require_alike, save_model
 from sbv2_jax.diffusion.schedule import ScheduleConfig
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 
 # A UNet may be used at another size than it was made for.
 _MAY_DIFFER = ("sample_size", "upcast_attention")
@@ -82,4 +82,4 @@ def _require_equal(first: Mapping[str, object], other: Mapping[str, object], wha
         f"{name} is {first[name]!r} and {other[name]!r}" for name in first if first[name] != other[name]
     ]
     if differ:
-        raise InputError(f"{what} differ: {'; '.join(differ)}")
+        raise InputError(f"{what} differ: {listed(differ)}")

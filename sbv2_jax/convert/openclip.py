@@ -1,52 +1,28 @@
 """OpenCLIP's own files, `open_clip_config.json` and weights, to a CLIP in the layout of transformers.
 
-OpenCLIP keeps the names of OpenAI's release: query, key and value in one tensor, and projections that multiply
-from the right.
+The names are those of `formats.openclip_names`.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from sbv2_jax.convert.formats.component import write_component
 from sbv2_jax.convert.formats.files import file_of, new_directory, read_json
-from sbv2_jax.convert.formats.names import params_from_torch, to_torch, torch_names
+from sbv2_jax.convert.formats.names import params_from_torch
+from sbv2_jax.convert.formats.openclip_names import Source, sources_of, tensor_of
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo
 from sbv2_jax.convert.formats.side_files import copy_clip_files, write_preprocessor
 from sbv2_jax.convert.formats.weight_files import open_weights
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from sbv2_jax.models.clip_image import CLIP_MEAN, CLIP_STD, CLIPImageConfig
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import network
-from sbv2_jax.tree import Shapes
 
 _STEM = "open_clip_model"
-# From the names of transformers to those of OpenCLIP, in this order.
-_RENAMED = {
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.embeddings.": "",
-    "text_model.encoder.layers.": "transformer.resblocks.",
-    "text_model.final_layer_norm.": "ln_final.",
-    "text_projection.weight": "text_projection",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
-    "vision_model.embeddings.": "visual.",
-    "vision_model.pre_layrnorm.": "visual.ln_pre.",
-    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-    "vision_model.post_layernorm.": "visual.ln_post.",
-    "visual_projection.weight": "visual.proj",
-    ".layer_norm": ".ln_",
-    ".mlp.fc1.": ".mlp.c_fc.",
-    ".mlp.fc2.": ".mlp.c_proj.",
-    ".self_attn.": ".attn.",
-}
-_THIRDS = ("q_proj.", "k_proj.", "v_proj.")
-_TRANSPOSED = ("text_projection", "visual.proj")
 # What files of early versions hold besides parameters.
 _NOT_READ = frozenset({"attn_mask", "context_length", "input_resolution", "vocab_size"})
 # Variants of the transformer block, and of the layer that ends a tower: all of them off.
@@ -127,14 +103,6 @@ class _Pictures(ModelConfig):
     std: tuple[float, ...] = CLIP_STD
 
 
-class _Source(NamedTuple):
-    """Where a parameter is in OpenCLIP's file: the tensor's name and shape, and which third of it, or None."""
-
-    name: str
-    shape: tuple[int, ...]
-    third: int | None
-
-
 def convert(model: str | Path, out: str | Path) -> None:
     """Writes a CLIP of OpenCLIP as a directory that transformers, and this package, load; types are kept.
 
@@ -146,10 +114,10 @@ def convert(model: str | Path, out: str | Path) -> None:
     directory = resolve(model, stems=(_STEM,))  # the same CLIP may lie there for transformers, as large
     config, image = read_config(file_of(directory, "open_clip_config.json"))
     weights = open_weights(directory, _STEM)
-    sources = _sources(network(config).shapes)
+    sources = sources_of(network(config).shapes)
     _match(weights.infos, sources, str(directory))
     read = dict(weights.read({source.name for source in sources.values()}, mapped=True))
-    tensors = {name: _tensor(read[source.name], source) for name, source in sources.items()}
+    tensors = {name: tensor_of(read[source.name], source) for name, source in sources.items()}
     params = params_from_torch(tensors, network(config).shapes)
     with new_directory(out) as partial:
         write_component(partial, config, params)
@@ -213,30 +181,7 @@ def _to_transformers(both: _Model, vision: _Vision, text: _Text) -> CLIPConfig:
     )
 
 
-def _sources(shapes: Shapes) -> dict[str, _Source]:
-    """Returns where every parameter, by the name of transformers, is to be found."""
-    return {
-        name: _source(name, to_torch(ours, np.broadcast_to(np.float32(0), shapes[ours].shape)).shape)
-        for name, ours in torch_names(shapes).items()
-    }
-
-
-def _source(name: str, shape: tuple[int, ...]) -> _Source:
-    for theirs, original in _RENAMED.items():
-        name = name.replace(theirs, original)
-    for third, part in enumerate(_THIRDS):
-        if part in name:
-            return _Source(name.replace(part, "in_proj_"), (3 * shape[0], *shape[1:]), third)
-    return _Source(name, shape[::-1] if name in _TRANSPOSED else shape, None)
-
-
-def _tensor(array: np.ndarray, source: _Source) -> np.ndarray:
-    if source.third is not None:
-        return np.split(array, 3)[source.third]
-    return array.T if source.name in _TRANSPOSED else array
-
-
-def _match(infos: Mapping[str, TensorInfo], sources: Mapping[str, _Source], directory: str) -> None:
+def _match(infos: Mapping[str, TensorInfo], sources: Mapping[str, Source], directory: str) -> None:
     shapes: dict[str, Any] = {source.name: source.shape for source in sources.values()}
     wrong = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in infos]
     for name, info in infos.items():
@@ -251,5 +196,5 @@ def _match(infos: Mapping[str, TensorInfo], sources: Mapping[str, _Source], dire
             wrong.append(f"{name} has type {info.dtype}, expected one of {', '.join(DTYPES)}")
     if wrong:
         raise InputError(
-            f"{directory} does not fit its open_clip_config.json in {len(wrong)} tensors: {'; '.join(wrong)}"
+            f"{directory} does not fit its open_clip_config.json in {len(wrong)} tensors: {listed(wrong)}"
         )

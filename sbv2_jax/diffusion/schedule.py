@@ -5,14 +5,15 @@ leaves one digit of x0.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbv2_jax.errors import InputError
+from sbv2_jax.diffusion.file_fields import as_declared, is_neutral
+from sbv2_jax.errors import InputError, listed
 
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -23,8 +24,24 @@ _SAMPLER_FIELDS = """
     final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final
     original_inference_steps predict_x0 sample_max_value sigma_max sigma_min skip_prk_steps solver_order
     solver_p solver_type thresholding time_shift_type timestep_scaling use_beta_sigmas use_exponential_sigmas
-    use_karras_sigmas use_lu_lambdas
+    use_karras_sigmas use_lu_lambdas predictor_order corrector_order tau_func noise_sampler_seed eta
 """
+_STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
+_FLOW = "flow matching: x_t is (1 - t) x0 + t epsilon there, and its networks predict neither epsilon nor v"
+_SIGMAS = "EDM's sigmas: its networks are given scaled inputs and sigmas, not timesteps of betas"
+# Why other classes of diffusers, and what other schedulers ask of a network, are refused; the first part that fits.
+_OTHER_CLASSES = {
+    "Flow": _FLOW, "Piflow": _FLOW, "Helios": _FLOW, "LTX": _FLOW, "MiniMax": _FLOW,
+    "EDM": _SIGMAS, "CMStochastic": _SIGMAS, "CosineDPM": _SIGMAS, "ScoreSde": _SIGMAS, "SCM": _SIGMAS,
+    "IPNDM": "a schedule without betas", "CogVideoX": "betas that are shifted by snr_shift_scale",
+    "RePaint": "inpainting by resampling", "UnCLIP": "a prior's schedule",
+    "Consistency": "a consistency decoder's schedule",
+}  # fmt: skip
+_OTHER_PREDICTIONS = {
+    "sample": "such a network gives x0 itself",
+    "flow_prediction": _FLOW,
+    "trigflow": _SIGMAS,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +61,36 @@ class ScheduleConfig:
         "EulerAncestralDiscreteScheduler",
         "LCMScheduler",
         "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DPMSolverSDEScheduler",
+        "DPMSolverMultistepInverseScheduler",
+        "DEISMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "TCDScheduler",
+        "SASolverScheduler",
+        "DDIMParallelScheduler",
+        "DDIMInverseScheduler",
+        "DDPMParallelScheduler",
     )
     # Defaults of a class that differ from those below.
     CLASS_DEFAULTS: ClassVar[dict[str, dict[str, Any]]] = {
-        "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+        "PNDMScheduler": {"set_alpha_to_one": False},
+        **dict.fromkeys(
+            ("LCMScheduler", "TCDScheduler"), _STABLE_DIFFUSION | {"beta_schedule": "scaled_linear"}
+        ),
+        **dict.fromkeys(
+            (
+                "HeunDiscreteScheduler",
+                "KDPM2DiscreteScheduler",
+                "KDPM2AncestralDiscreteScheduler",
+                "DPMSolverSDEScheduler",
+            ),
+            _STABLE_DIFFUSION,
+        ),
     }
     # Fields with a value that would change the schedule, the network's output or the timesteps it is given.
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -110,6 +153,8 @@ class ScheduleConfig:
         Raises InputError that names the source and lists every unknown field and unsupported value.
         """
         class_name = values.get("_class_name")
+        if reason := _why_refused(values):
+            raise InputError(f"{source}: {reason}")
         known = {field.name for field in dataclasses.fields(cls)}
         wrong = []
         if class_name not in cls.CLASSES:
@@ -118,12 +163,13 @@ class ScheduleConfig:
             if name.startswith("_") or name in known or name in cls.IGNORED:
                 continue
             if name not in cls.FIXED:
-                wrong.append(f"unknown field {name}={value!r}")
+                if not is_neutral(name, value):
+                    wrong.append(f"unknown field {name}={value!r}")
             elif value not in cls.FIXED[name]:
                 wrong.append(f"{name}={value!r} is not supported (only {cls.FIXED[name][0]!r})")
         if wrong:
-            raise InputError(f"{source}: {'; '.join(wrong)}")
-        chosen = {name: values[name] for name in known if name in values}
+            raise InputError(f"{source}: {listed(wrong)}")
+        chosen = as_declared(cls, {name: values[name] for name in known if name in values})
         try:
             if chosen.get("trained_betas") is not None:
                 chosen["trained_betas"] = tuple(chosen["trained_betas"])
@@ -299,6 +345,24 @@ def _require_float32(*arrays: jax.Array) -> None:
     for array in arrays:
         if array.dtype != jnp.float32:
             raise TypeError(f"schedule arithmetic is float32 only, got {array.dtype}: cast it explicitly")
+
+
+def _why_refused(values: Mapping[str, Any]) -> str | None:
+    """Returns why the numbers of a scheduler_config.json mean something else than here; None where they do not."""
+    name = values.get("_class_name")
+    prediction = values.get("prediction_type")
+    for part, reason in _OTHER_CLASSES.items():
+        if isinstance(name, str) and name not in ScheduleConfig.CLASSES and part in name:
+            supported = ", ".join(ScheduleConfig.CLASSES)
+            return f"_class_name={name!r} is not supported ({reason}); supported: {supported}"
+    if isinstance(prediction, str) and prediction in _OTHER_PREDICTIONS:
+        return (
+            f"prediction_type={prediction!r} is not supported ({_OTHER_PREDICTIONS[prediction]}); supported: "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    if values.get("use_flow_sigmas") is True:
+        return f"use_flow_sigmas=True is not supported ({_FLOW})"
+    return None
 
 
 def _require_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

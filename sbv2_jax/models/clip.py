@@ -329,6 +329,17 @@ class CLIPModel(Module):
         return jnp.exp(self.logit_scale.get_value().astype(jnp.float32)) * images @ texts.T
 
 
+def without_influence(class_name: str, name: str) -> bool:
+    """Whether a tensor of a file changes nothing of what a CLIP of this class computes.
+
+    A whole CLIP's file serves as a text tower's too: its other tower and what joins the two is not asked for.
+    """
+    others = ("vision_model.", "visual_projection.", "logit_scale")
+    if class_name == "CLIPTextModel":
+        others += ("text_projection",)
+    return class_name.startswith("CLIPText") and name.startswith(others)
+
+
 def tensors_of_file(tensors: Mapping[str, T]) -> dict[str, T]:
     """Returns the tensors of a CLIP file under the names of these models.
 

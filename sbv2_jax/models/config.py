@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
-from sbv2_jax.errors import InputError
+from sbv2_jax.diffusion.file_fields import as_declared, hashable, is_neutral
+from sbv2_jax.errors import InputError, listed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> Self:
         """Builds the configuration from the file's values.
 
-        Raises InputError that lists every unknown field and every unsupported value.
+        A field that is not known passes where it is neutral (`file_fields.is_neutral`): what has a meaning is
+        refused. Raises InputError that lists the unknown fields and the unsupported values.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         wrong = []
@@ -30,13 +32,14 @@ class ModelConfig:
             if name.startswith("_") or name in known or name in cls.IGNORED:
                 continue
             if name not in cls.FIXED:
-                wrong.append(f"unknown field {name}={value!r}")
-            elif _hashable(value) not in cls.FIXED[name]:
+                if not is_neutral(name, value):
+                    wrong.append(f"unknown field {name}={value!r}")
+            elif hashable(value) not in cls.FIXED[name]:
                 wrong.append(f"{name}={value!r} is not supported (only {cls.FIXED[name][0]!r})")
         if wrong:
-            raise InputError(f"{source}: {'; '.join(wrong)}")
+            raise InputError(f"{source}: {listed(wrong)}")
         try:
-            return cls(**{name: _hashable(values[name]) for name in known if name in values})
+            return cls(**as_declared(cls, {name: values[name] for name in known if name in values}))
         except (TypeError, ValueError) as error:
             raise InputError(f"{source}: {error}") from error
 
@@ -44,7 +47,3 @@ class ModelConfig:
         """Returns the values to write back, `_class_name` and the fixed fields included."""
         fixed = {name: allowed[0] for name, allowed in self.FIXED.items()}
         return {"_class_name": self.CLASS_NAME, **fixed, **dataclasses.asdict(self)}
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(_hashable(item) for item in value) if isinstance(value, list) else value

@@ -44,7 +44,8 @@ class UNetConfig(ModelConfig):
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
@@ -57,7 +58,6 @@ class UNetConfig(ModelConfig):
         "only_cross_attention": (False,),
         "mid_block_scale_factor": (1,),
         "dropout": (0.0,),
-        "reverse_transformer_layers_per_block": (None,),
         "encoder_hid_dim": (None,),
         "encoder_hid_dim_type": (None,),
         "num_attention_heads": (None,),
@@ -106,9 +106,11 @@ class UNetConfig(ModelConfig):
             "layers_per_block",
             "cross_attention_dim",
             "attention_head_dim",
-            "transformer_layers_per_block",
         ):
             self.per_level(name)
+        for level in range(levels):
+            for side in ("down", "mid", "up"):
+                self.transformer_layers(side, level)
 
     def per_level(self, name: str) -> tuple[int, ...]:
         """Returns a field that may be one number for all levels as one number for each."""
@@ -118,6 +120,31 @@ class UNetConfig(ModelConfig):
         if len(value) != levels or not all(isinstance(item, int) for item in value):
             raise ValueError(f"{name}={value!r} must be one integer or {levels} of them")
         return value
+
+    def transformer_layers(self, side: str, level: int) -> tuple[int, ...]:
+        """Returns the depth of every transformer of a block; `level` is counted as on the way down.
+
+        One number for all transformers of a level, or one for each (SSD-1B); then
+        `reverse_transformer_layers_per_block` says those of the way up.
+        """
+        name, levels = "transformer_layers_per_block", len(self.block_out_channels)
+        values, count = self.transformer_layers_per_block, self.per_level("layers_per_block")[level]
+        values = (values,) * levels if isinstance(values, int) else values
+        if side == "up":
+            count += 1
+            if self.reverse_transformer_layers_per_block is not None:
+                name, values = f"reverse_{name}", self.reverse_transformer_layers_per_block[::-1]
+            elif any(isinstance(value, tuple) for value in values):
+                raise ValueError(f"{name}={values!r} needs a reverse_{name}")
+        if len(values) != levels:
+            raise ValueError(f"{name}={values!r} must be one integer or {levels} of them")
+        value, count = (values[-1], 1) if side == "mid" else (values[level], count)
+        depths = (value,) * count if isinstance(value, int) else value[:1] if side == "mid" else value
+        if len(depths) != count or not all(isinstance(depth, int) for depth in depths):
+            raise ValueError(
+                f"{name}={values!r} must have {count} integers for the transformers of level {level}"
+            )
+        return depths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,12 +193,21 @@ def _resnet(config: UNetConfig, in_channels: int, out_channels: int, rngs: nnx.R
     )
 
 
-def _transformer(config: UNetConfig, level: int, core: Core | None, rngs: nnx.Rngs) -> Transformer2DModel:
+def _transformers(
+    config: UNetConfig, side: str, level: int, core: Core | None, rngs: nnx.Rngs
+) -> list[Transformer2DModel]:
+    depths = config.transformer_layers(side, level)
+    return [_transformer(config, level, depth, core, rngs) for depth in depths]
+
+
+def _transformer(
+    config: UNetConfig, level: int, layers: int, core: Core | None, rngs: nnx.Rngs
+) -> Transformer2DModel:
     return Transformer2DModel(
         config.block_out_channels[level],
         config.per_level("cross_attention_dim")[level],
         heads=config.per_level("attention_head_dim")[level],
-        layers=config.per_level("transformer_layers_per_block")[level],
+        layers=layers,
         groups=config.norm_num_groups,
         linear_projection=config.use_linear_projection,
         core=core,
@@ -200,9 +236,7 @@ class DownBlock(_Block):
         inputs = [config.block_out_channels[max(level - 1, 0)]] + [channels] * (layers - 1)
         self.attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
         if self.attends:
-            self.attentions = nnx.List(
-                [_transformer(config, level, execution.core, rngs) for _ in range(layers)]
-            )
+            self.attentions = nnx.List(_transformers(config, "down", level, execution.core, rngs))
         self.resnets = nnx.List([_resnet(config, width, channels, rngs) for width in inputs])
         if level < len(config.block_out_channels) - 1:
             self.downsamplers = nnx.List(
@@ -230,7 +264,7 @@ class MidBlock(_Block):
         channels = config.block_out_channels[-1]
         self.attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
         if self.attends:
-            self.attentions = nnx.List([_transformer(config, -1, execution.core, rngs)])
+            self.attentions = nnx.List(_transformers(config, "mid", -1, execution.core, rngs))
         self.resnets = nnx.List(
             [_resnet(config, channels, channels, rngs) for _ in range(2 if self.attends else 1)]
         )
@@ -255,9 +289,7 @@ class UpBlock(_Block):
         skips = [channels] * (layers - 1) + [widths[max(level - 1, 0)]]
         self.attends = block_type == "CrossAttnUpBlock2D"
         if self.attends:
-            self.attentions = nnx.List(
-                [_transformer(config, level, execution.core, rngs) for _ in range(layers)]
-            )
+            self.attentions = nnx.List(_transformers(config, "up", level, execution.core, rngs))
         self.resnets = nnx.List(
             [_resnet(config, width + skip, channels, rngs) for width, skip in zip(inputs, skips, strict=True)]
         )

@@ -8,7 +8,9 @@ from ml_collections import ConfigDict
 from sbv2_jax.convert.formats.component import check_component
 from sbv2_jax.convert.formats.files import file_of, read_json
 from sbv2_jax.convert.formats.pipeline import PipelineParts, component_dir, load_pipeline, read_schedule
-from sbv2_jax.convert.formats.resolve import resolve
+from sbv2_jax.convert.formats.published_shapes import family_of_config
+from sbv2_jax.convert.formats.resolve import is_single_file, resolve
+from sbv2_jax.convert.formats.single_file import directory_of
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
 from sbv2_jax.models import published
@@ -90,7 +92,7 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
         _require_architecture(config.architecture, teacher)
     student, student_schedule = teacher, pipeline.schedule_config
     if config.student.init != "teacher":
-        student, student_schedule = _student(config.student.init, pipeline.schedule_config)
+        student, student_schedule = _student(config.student.init, teacher.config, pipeline.schedule_config)
     clip = clip_image = clip_tokenizer = decoder = None
     if config.clip.model:
         clip = _part(component_dir(resolve(config.clip.model), "clip"))
@@ -134,8 +136,11 @@ def _part(directory: Path) -> Part:
     return Part(config=check_component(directory), directory=directory)
 
 
-def _student(reference: str, teacher_schedule: ScheduleConfig) -> tuple[Part, ScheduleConfig]:
-    directory = resolve(reference)
+def _student(
+    reference: str, teacher: UNetConfig, teacher_schedule: ScheduleConfig
+) -> tuple[Part, ScheduleConfig]:
+    # A file's shapes say less than the teacher's configuration does, the number of heads above all.
+    directory = directory_of(reference, like=teacher) if is_single_file(reference) else resolve(reference)
     part = _part(component_dir(directory, "unet"))
     # A UNet on its own says nothing of its schedule: it must be the teacher's.
     return part, teacher_schedule if part.directory == directory else read_schedule(directory)
@@ -209,4 +214,5 @@ def _require_architecture(architecture: str, teacher: Part) -> None:
         raise InputError(
             f"{teacher.directory} does not have the shapes of config.architecture = {architecture!r}, for which "
             'batch and mesh were planned: plan them for it and set config.architecture = ""'
+            f"{family_of_config(teacher.config)}"
         )

@@ -70,6 +70,20 @@ def from_openclip(given: Namespace) -> None:
     openclip.convert(given.model, given.out)
 
 
+def from_single_file(given: Namespace) -> None:
+    """Writes a checkpoint in one file, in the original names of SD 1.x, 2.x or XL, as a diffusers directory."""
+    from sbv2_jax.convert.formats.resolve import resolve
+    from sbv2_jax.convert.formats.single_file import convert
+
+    convert(
+        given.model,
+        given.out,
+        base=given.base and resolve(given.base),
+        prediction_type=given.prediction_type,
+        dtype=given.dtype or "float32",
+    )
+
+
 def lora(given: Namespace) -> None:
     """Writes the LoRA of a run, of its student or of its score model, as a file."""
     from sbv2_jax.run import export
@@ -134,6 +148,22 @@ COMMANDS = {
     ),
     "from-diffusers": Command((_MODEL, _OUT, _DTYPE), from_diffusers),
     "from-openclip": Command((_MODEL, _OUT), from_openclip),
+    "from-single-file": Command(
+        (
+            _MODEL._replace(help="A .safetensors file."),
+            _OUT,
+            Flag(
+                "base", "The pipeline, of the same shapes, that gives tokenizer and scheduler.", path, text()
+            ),
+            Flag(
+                "prediction_type",
+                "What its network predicts, where the file does not say (Stable Diffusion 2).",
+                check=one_of("epsilon", "v_prediction"),
+            ),
+            _DTYPE,
+        ),
+        from_single_file,
+    ),
     "lora": Command(
         (
             _RUN,

@@ -10,9 +10,11 @@ import torch
 from conftest import relative_error
 from their_models import MODELS, TINY_VAE, TYPES, UNET, clip, listening, rewrite, their_model
 
-from sbv2_jax.convert.formats.component import load_component, load_config, save_component
+from sbv2_jax.convert.formats.component import check_component, load_component, load_config, save_component
 from sbv2_jax.convert.formats.names import params_from_torch, torch_names
+from sbv2_jax.convert.formats.published_shapes import torch_shapes
 from sbv2_jax.errors import InputError
+from sbv2_jax.models import published
 from sbv2_jax.models.registry import class_of, config_class, network
 from sbv2_jax.models.unet import Execution, UNetConfig
 
@@ -239,6 +241,11 @@ def test_missing_directories_and_files_are_named(tmp_path):
     with pytest.raises(InputError, match="pickles only .diffusion_pytorch_model.bin.*safe_serialization"):
         load_component(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").symlink_to("/etc/hostname")
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is not a safetensors file"):
+        load_component(tmp_path)
+    (tmp_path / ".gitattributes").write_text(
+        "*.safetensors filter=lfs\n"
+    )  # as every repository of the hub has
     with pytest.raises(InputError, match="symbolic link out"):
         load_component(tmp_path)
 
@@ -271,3 +278,92 @@ def test_a_scalar_keeps_its_shape():
 def test_an_unknown_class_has_no_configuration():
     with pytest.raises(InputError, match="'Nothing' is not supported"):
         config_class("Nothing")
+
+
+def test_a_list_in_an_error_has_an_end_and_the_count(tmp_path):
+    theirs = their_model("UNet2DConditionModel")
+    theirs.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items()})
+    count = 2 * len(theirs.state_dict())
+    with pytest.raises(
+        InputError, match=f"in {count} tensors: .*and {count - 10} more; .convert.py inspect"
+    ) as caught:
+        load_component(tmp_path)
+    assert len(str(caught.value)) < 2000
+
+
+def test_shapes_of_another_family_are_named(tmp_path):
+    """The header of SDXL's UNet beside the configuration of SD 1.5's: a hole of 5 GB on the disk."""
+    config = UNetConfig.from_dict(published.ARCHITECTURES["sdxl"]["unet"])
+    header, end = {}, 0
+    for name, shape in torch_shapes(network(config).shapes).items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(tmp_path / "diffusion_pytorch_model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    values = {"_class_name": "UNet2DConditionModel"} | published.ARCHITECTURES["sd15"]["unet"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="and [0-9]+ more; .*; its shapes are those of sdxl$") as caught:
+        check_component(tmp_path)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"next_years_field": None, "use_next_years_field": False},
+        {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 37000, "power": 0.75,
+         "update_after_step": 0, "use_ema_warmup": True},
+        {"attention_head_dim": [2.0, 4.0], "norm_num_groups": 8.0, "block_out_channels": [16.0, 24.0],
+         "sample_size": 8.0, "norm_eps": 1e-5, "mid_block_scale_factor": 1.0, "freq_shift": 0.0, "conv_in_kernel": 3.0},
+    ],
+    ids=["null and false", "EMA helper", "numbers"],
+)  # fmt: skip
+def test_what_changes_nothing_in_a_configuration_is_no_error(tmp_path, neutral):
+    their_model("UNet2DConditionModel").save_pretrained(tmp_path)
+    want = load_component(tmp_path).config
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | neutral))
+    got = load_component(tmp_path).config
+    assert got == want and hash(got) == hash(want)
+    assert all(type(size) is int for size in got.block_out_channels)
+    for name, value in {"next_years_field": "swish", "use_next_years_field": True, "scale": 2}.items():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+        with pytest.raises(InputError, match=f"unknown field {name}="):
+            load_component(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int64", "uint8"])
+def test_a_single_number_may_be_of_any_type(tmp_path, dtype):
+    their_model("CLIPModel").save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors | {"logit_scale": np.asarray(3, dtype)})
+    assert load_component(tmp_path).params["logit_scale"] == 3
+    assert load_component(tmp_path, dtype="bfloat16").params["logit_scale"].dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("name", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_a_whole_clip_serves_as_a_text_tower(tmp_path, name, caplog):
+    """What the tower does not use is left out and told once."""
+    tower = their_model(name)
+    tower.save_pretrained(tmp_path)
+    want = load_component(tmp_path).params
+    whole = {key: tensor.numpy() for key, tensor in clip().state_dict().items()}
+
+    def add(tensors):
+        prefixed = {
+            key if key.startswith("text_") else f"text_model.{key}": one for key, one in tensors.items()
+        }
+        return {key: one for key, one in whole.items() if not key.startswith("text_model.")} | prefixed
+
+    rewrite(tmp_path, add)
+    for _ in range(2):
+        got = load_component(tmp_path).params
+    assert got.keys() == want.keys() and all(got[key].tobytes() == want[key].tobytes() for key in want)
+    told = [one.getMessage() for one in caplog.records if "are left out" in one.getMessage()]
+    assert len(told) == 1 and "logit_scale" in told[0] and str(tmp_path) in told[0]
+    rewrite(tmp_path, lambda tensors: tensors | {"audio_model.weight": np.ones(3, np.float32)})
+    with pytest.raises(InputError, match="unexpected audio_model.weight"):
+        load_component(tmp_path)

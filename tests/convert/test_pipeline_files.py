@@ -256,8 +256,17 @@ def test_a_missing_part_and_a_link_out_of_the_pipeline_are_refused(copied, tmp_p
     with pytest.raises(InputError, match=f"{copied}/vae does not exist"):
         load_pipeline(copied)
     (copied / "vae").symlink_to(tmp_path / "elsewhere" / "vae")
-    with pytest.raises(InputError, match=f"{copied}/vae is a symbolic link out of the pipeline"):
-        load_pipeline(copied)
+    assert load_pipeline(copied).vae.params  # the user's own, as on a cluster's shared disk
+    for mark in (".git", ".cache/huggingface/download"):
+        (copied / mark).mkdir(parents=True)
+        with pytest.raises(InputError, match=f"{copied}/vae is a symbolic link out of the repository"):
+            load_pipeline(copied)
+        (copied / mark).rmdir()
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(copied, snapshot, symlinks=True)
+    with pytest.raises(InputError, match=f"{snapshot}/vae is a symbolic link out of the repository"):
+        load_pipeline(snapshot)
     with pytest.raises(InputError, match="model_index.json does not exist"):
         load_pipeline(tmp_path / "elsewhere")
 

@@ -152,7 +152,7 @@ def test_a_pointer_of_git_lfs_is_recognised(tmp_path):
         read_header(path)
 
 
-def test_links_are_followed_within_the_directory_and_within_the_cache_of_the_hub_only(tmp_path):
+def test_a_users_own_links_are_followed_and_those_out_of_a_download_are_not(tmp_path):
     outside = tmp_path / "secret.json"
     outside.write_text("{}")
     directory = tmp_path / "model"
@@ -164,8 +164,16 @@ def test_links_are_followed_within_the_directory_and_within_the_cache_of_the_hub
     (directory / "loop.json").symlink_to("loop.json")
     (directory / "folder").mkdir()
     assert read_json(file_of(directory, "alias.json")) == {}
-    with pytest.raises(InputError, match="config.json is a symbolic link out of its directory"):
-        file_of(directory, "config.json")
+    assert file_of(directory, "config.json") == directory / "config.json"
+    for mark in (".git", ".gitattributes", ".cache/huggingface/download"):
+        (directory / mark).mkdir(parents=True)
+        (directory / "folder" / "config.json").unlink(missing_ok=True)
+        (directory / "folder" / "config.json").symlink_to(outside)
+        for place in (directory, directory / "folder"):
+            with pytest.raises(InputError, match="config.json is a symbolic link out of the repository"):
+                file_of(place, "config.json")
+        assert file_of(directory, "alias.json")
+        (directory / mark).rmdir()
     for name, message in [
         ("broken.json", "broken link"), ("loop.json", "broken link"), ("missing.json", "does not exist"),
         ("folder", "not a file"), ("../secret.json", "not the name"), ("..", "not the name"),
@@ -190,6 +198,22 @@ def test_the_layout_of_the_cache_of_the_hub(tmp_path):
     (unet.parent / "model_index.json").symlink_to(f"../../blobs/{blob}")
     assert file_of(unet, "config.json").exists()
     assert file_of(unet.parent, "model_index.json").exists()
+    # A cache whose blobs the user keeps on another disk, or shares.
+    (repository / "blobs").rename(tmp_path / "shared")
+    (repository / "blobs").symlink_to(tmp_path / "shared")
+    assert file_of(unet, "config.json").exists()
+    (repository / "blobs").unlink()
+    (tmp_path / "shared").rename(repository / "blobs")
+    (repository / "blobs" / blob).rename(tmp_path / "kept")
+    (repository / "blobs" / blob).symlink_to(tmp_path / "kept")
+    assert file_of(unet, "config.json").exists()
+    # A pipeline of the user's own that is put together of what lies there.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "unet").symlink_to(unet)
+    (tmp_path / "mine" / "model_index.json").symlink_to(unet.parent / "model_index.json")
+    assert file_of(tmp_path / "mine", "model_index.json") and file_of(
+        tmp_path / "mine" / "unet", "config.json"
+    )
 
     (repository / "blobs" / "not-a-hash").write_text("{}")
     (repository / "refs").mkdir()

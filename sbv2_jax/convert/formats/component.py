@@ -17,9 +17,10 @@ from sbv2_jax.convert.formats.files import existing_directory, file_of, new_dire
 from sbv2_jax.convert.formats.finite import is_finite, refuse_not_finite
 from sbv2_jax.convert.formats.legacy import current_names, current_shape
 from sbv2_jax.convert.formats.names import to_ours, to_torch, torch_name, torch_names
+from sbv2_jax.convert.formats.published_shapes import family_text, torch_shape
 from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo
 from sbv2_jax.convert.formats.weight_files import MAX_SHARD_BYTES, Weights, open_weights, write_weights
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import class_name, class_of, config_class, network
 from sbv2_jax.tree import Shapes, require_same
@@ -99,6 +100,8 @@ def load_component(
             wrong.append(name)
             continue
         array = array.reshape(current_shape(class_of(config), name, array.shape))
+        if weights.infos[name].dtype not in DTYPES:
+            array = array.astype(np.float32)  # a single number
         params[ours[name]] = _cast(ours[name], to_ours(ours[name], array), dtype)
     refuse_not_finite(wrong, str(directory))
     return Component(config, {name: params[name] for name in sorted(params)})
@@ -117,7 +120,7 @@ def _match(class_name: str, weights: Weights, shapes: Shapes, source: str) -> di
     ours = torch_names(shapes)
     found = set(current.values())
     wrong = [
-        f"missing {name} {_torch_shape(ours[name], shapes[ours[name]].shape)}"
+        f"missing {name} {torch_shape(ours[name], shapes[ours[name]].shape)}"
         for name in ours
         if name not in found
     ]
@@ -126,13 +129,21 @@ def _match(class_name: str, weights: Weights, shapes: Shapes, source: str) -> di
         if today not in ours:
             wrong.append(f"unexpected {ascii(name)[1:-1]} {info.shape}")
             continue
-        shape = _torch_shape(ours[today], shapes[ours[today]].shape)
+        shape = torch_shape(ours[today], shapes[ours[today]].shape)
         if current_shape(class_name, name, info.shape) != shape:
             wrong.append(f"{name} has shape {info.shape}, expected {shape}")
-        if info.dtype not in DTYPES:
+        if not info.readable:
             wrong.append(f"{name} has type {info.dtype}, expected one of {', '.join(DTYPES)}")
     if wrong:
-        raise InputError(f"{source} does not fit its config.json in {len(wrong)} tensors: {'; '.join(wrong)}")
+        more = "" if len(wrong) <= 10 else f"; `convert.py inspect --model={source}` lists its tensors"
+        stored = {
+            today: current_shape(class_name, name, weights.infos[name].shape)
+            for name, today in current.items()
+        }
+        raise InputError(
+            f"{source} does not fit its config.json in {len(wrong)} tensors: {listed(wrong)}{more}"
+            f"{family_text(class_name, stored)}"
+        )
     return {name: ours[today] for name, today in current.items()}
 
 
@@ -189,7 +200,7 @@ def write_component(
         orbax_files.write_params(directory, arrays)
         return
     infos = {
-        torch_name(name): TensorInfo(dtype or _format_name(leaf.dtype), _torch_shape(name, leaf.shape))
+        torch_name(name): TensorInfo(dtype or _format_name(leaf.dtype), torch_shape(name, leaf.shape))
         for name, leaf in params.items()
     }
     ours = {torch_name(name): name for name in params}
@@ -202,10 +213,6 @@ def write_component(
 
 def _stem(config: ModelConfig) -> str:
     return "diffusion_pytorch_model" if config.CLASS_NAME else "model"
-
-
-def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return to_torch(name, np.broadcast_to(np.float32(0), shape)).shape
 
 
 def _format_name(dtype: Any) -> str:

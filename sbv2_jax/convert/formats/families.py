@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 from sbv2_jax.models.conditions import TOWERS, misfits
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import class_of
@@ -95,7 +95,7 @@ def family_of(index: Mapping[str, Any], source: str) -> Family:
     if not isinstance(index.get(_ZERO_NULL, True), bool):
         wrong.append(f"{_ZERO_NULL}={index[_ZERO_NULL]!r} is neither true nor false")
     if wrong:
-        raise InputError(f"{source}: {'; '.join(wrong)}")
+        raise InputError(f"{source}: {listed(wrong)}")
     return family
 
 

@@ -28,32 +28,63 @@ def existing_directory(path: str | Path) -> Path:
 def file_of(directory: Path, name: str) -> Path:
     """Returns the path of a file that lies in a directory itself.
 
-    Raises InputError for a missing file, a name that is more than a name, and a symbolic link that leads out of
-    the directory. Allowed is the link that the cache of the hub consists of:
-    `models--owner--name/snapshots/<revision>/[folder/]file` to `models--owner--name/blobs/<hash>`.
+    A user's own symbolic links are followed, wherever they lead. Raises InputError for a missing file, a name that is
+    more than a name, and a link that leads out of a repository that was downloaded (`require_own_link`).
     """
     if not name or name != os.path.basename(name) or name in (".", "..") or "\\" in name or "\0" in name:
         raise InputError(f"{directory}: {name!r} is not the name of a file in this directory")
-    path, root = directory / name, directory.resolve()
+    path = directory / name
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         broken = path.is_symlink()
         raise InputError(f"{path} {'is a broken link' if broken else 'does not exist'}") from error
-    if not real.is_relative_to(root) and not _is_blob_of_cache(root, real):
-        raise InputError(f"{path} is a symbolic link out of its directory, to {real}")
+    require_own_link(path)
     if not real.is_file():
         raise InputError(f"{path} is not a file")
     return path
 
 
-def _is_blob_of_cache(root: Path, real: Path) -> bool:
-    for revision in (root, *root.parents):
-        repository = revision.parent.parent
-        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
-            is_hash = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", real.name)
-            return bool(is_hash) and real.parent == repository / "blobs"
-    return False
+def require_own_link(path: Path) -> None:
+    """Raises InputError for a symbolic link that came with a downloaded repository and leads out of it.
+
+    Whoever wrote such a repository does not say which of the user's files are read. Allowed is the link that the
+    cache of the hub consists of: `models--owner--name/snapshots/<revision>/[folder/]file` to
+    `models--owner--name/blobs/<hash>`, wherever the user keeps the cache and its blobs.
+    """
+    parent = path.parent.resolve()
+    repository = _downloaded(parent)
+    if not path.is_symlink() or repository is None:
+        return
+    target = Path(os.path.normpath(parent / os.readlink(path)))
+    if path.resolve().is_relative_to(repository) or _is_blob(repository, target):
+        return
+    raise InputError(
+        f"{path} is a symbolic link out of the repository {repository} that it was downloaded with, to {target}: "
+        "put a copy in its place if it is yours"
+    )
+
+
+def _downloaded(directory: Path) -> Path | None:
+    """Returns the root of the downloaded repository that a directory, without links in its path, lies in.
+
+    That is a snapshot in the cache of the hub, or else a clone, or what the hub's client put into a folder: of these
+    the directory itself or the one above it, since a user's own work may lie in a clone of something else.
+    """
+    for root in (directory, *directory.parents):
+        if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+            return root
+    marks = (".git", ".gitattributes", ".cache/huggingface/download")
+    return next(
+        (root for root in (directory, directory.parent) if any((root / mark).exists() for mark in marks)),
+        None,
+    )
+
+
+def _is_blob(repository: Path, target: Path) -> bool:
+    cache = repository.parent.parent
+    is_hash = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", target.name)
+    return repository.parent.name == "snapshots" and bool(is_hash) and target.parent == cache / "blobs"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sbv2_jax.checkpoint.manifest import (
     write_manifest,
 )
 from sbv2_jax.convert.formats.safetensors_io import DTYPES
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 from sbv2_jax.tree import Shapes
 
 FOLDER = "orbax"
@@ -49,7 +49,7 @@ def check_params(directory: Path, shapes: Shapes) -> Manifest:
     """
     folder = directory / FOLDER
     if links := [path.name for path in (folder, *folder.rglob("*")) if path.is_symlink()]:
-        raise InputError(f"{folder} holds symbolic links: {', '.join(links)}")
+        raise InputError(f"{folder} holds symbolic links: {listed(links, ', ')}")
     try:
         manifest = read_manifest(folder, 0)
         stored = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in manifest.leaves.items()}
@@ -68,9 +68,7 @@ def check_params(directory: Path, shapes: Shapes) -> Manifest:
         if dtype not in known:
             wrong.append(f"{name} has type {dtype}, expected one of {', '.join(known)}")
     if wrong:
-        raise InputError(
-            f"{directory} does not fit its config.json in {len(wrong)} arrays: {'; '.join(wrong)}"
-        )
+        raise InputError(f"{directory} does not fit its config.json in {len(wrong)} arrays: {listed(wrong)}")
     return manifest
 
 
@@ -102,7 +100,7 @@ def read_params(directory: Path, shapes: Shapes) -> dict[str, np.ndarray]:
             ) from error
     found = describe({name: np.asarray(params[name]) for name in shapes})
     if changed := changed_leaves(manifest.leaves, found):
-        raise InputError(f"{directory / FOLDER} is damaged: {'; '.join(changed)}")
+        raise InputError(f"{directory / FOLDER} is damaged: {listed(changed)}")
     return params
 
 

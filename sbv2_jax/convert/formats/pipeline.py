@@ -1,291 +1,44 @@
-"""A Stable Diffusion or SDXL pipeline directory in the layout of diffusers: opened part by part, and written."""
+"""A Stable Diffusion or SDXL pipeline by the name that the user gives it: opened, and written."""
 
-import dataclasses
-import functools
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sbv2_jax.convert.formats.component import (
-    Component,
-    declared_dtype,
-    load_component,
-    load_config,
-    write_component,
+from sbv2_jax.convert.formats.pipeline_directory import (
+    PipelineParts,
+    component_dir,
+    one_step_scheduler,
+    open_pipeline,
+    read_schedule,
+    write_pipeline,
 )
-from sbv2_jax.convert.formats.families import (
-    STABLE_DIFFUSION,
-    STABLE_DIFFUSION_XL,
-    Family,
-    check_fit,
-    family_of,
-    make_index,
-    zero_null,
-)
-from sbv2_jax.convert.formats.files import existing_directory, file_of, new_directory, read_json, write_json
-from sbv2_jax.convert.formats.resolve import resolve
-from sbv2_jax.convert.formats.side_files import copy_clip_files, tokenizer_files, write_preprocessor
-from sbv2_jax.diffusion.schedule import ScheduleConfig
+from sbv2_jax.convert.formats.resolve import is_single_file, resolve
+from sbv2_jax.convert.formats.safetensors_io import read_header
 from sbv2_jax.errors import InputError
-from sbv2_jax.models.clip_image import CLIPImageConfig
-from sbv2_jax.models.config import ModelConfig
-from sbv2_jax.models.registry import class_of
-from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair, load_fitting
 
-# Networks that training needs and diffusers' pipeline does not know: folders beside the others.
-_EXTRAS = {"vae_tiny": ("AutoencoderTiny",), "clip": ("CLIPModel",)}
-# Every folder of a pipeline: SDXL has all that the others have.
-_PARTS = STABLE_DIFFUSION_XL.parts
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PipelineParts:
-    """An opened pipeline: its settings are read and checked, its weights are read when asked for.
-
-    `unet`, `vae`, `text_encoder`, `tokenizer`, and `text_encoder_2`, `vae_tiny` and `clip` (None where the pipeline
-    has none) load at the first use and stay; `component` loads without keeping.
-    """
-
-    directory: Path
-    dtype: Any | None
-    configs: Mapping[str, ModelConfig]
-    """The configuration of every network of the pipeline, by the name of its folder."""
-    scheduler: Mapping[str, Any]
-    """The values of scheduler_config.json as they are."""
-    schedule_config: ScheduleConfig
-    family: Family
-    zero_null: bool
-    """Whether the null condition is zeros, not the encoded empty prompt (SDXL)."""
-
-    @property
-    def text_encoders(self) -> tuple[str, ...]:
-        """The folders of the text towers: one, or SDXL's two."""
-        return self.family.towers
-
-    def component(self, name: str, *, dtype: Any | None = None) -> Component:
-        """Loads one network; raises InputError where the pipeline has none of this name."""
-        directory = component_dir(self.directory, name)
-        return load_component(directory, dtype=self.dtype if dtype is None else dtype)
-
-    def component_dir(self, name: str) -> Path:
-        """Returns the folder of one part."""
-        return component_dir(self.directory, name)
-
-    @functools.cached_property
-    def unet(self) -> Component:
-        return self.component("unet")
-
-    @functools.cached_property
-    def vae(self) -> Component:
-        return self.component("vae")
-
-    @functools.cached_property
-    def text_encoder(self) -> Component:
-        return self.component("text_encoder")
-
-    @functools.cached_property
-    def text_encoder_2(self) -> Component | None:
-        return self.component("text_encoder_2") if "text_encoder_2" in self.configs else None
-
-    @functools.cached_property
-    def vae_tiny(self) -> Component | None:
-        return self.component("vae_tiny") if "vae_tiny" in self.configs else None
-
-    @functools.cached_property
-    def clip(self) -> Component | None:
-        return self.component("clip") if "clip" in self.configs else None
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer | TokenizerPair:
-        found = [
-            load_fitting(self.component_dir(name), self.configs[name.replace("tokenizer", "text_encoder")])
-            for name in self.family.tokenizers
-        ]
-        return found[0] if len(found) == 1 else TokenizerPair(*found)
-
-
-def component_dir(directory: str | Path, name: str) -> Path:
-    """Returns the folder of one part (`unet`, `vae`, `text_encoder`, `vae_tiny`, `clip` ...) of a pipeline.
-
-    A directory that is itself a network of this kind is returned as it is: a bare UNet can stand for a
-    pipeline where only the UNet is needed.
-    Raises InputError for a missing folder, and for one that is a symbolic link out of the pipeline.
-    """
-    directory = existing_directory(directory)
-    if name not in _PARTS and name not in _EXTRAS:
-        raise InputError(f"no part of a pipeline is named {name!r} ({', '.join((*_PARTS, *_EXTRAS))})")
-    classes = _EXTRAS.get(name) or _PARTS[name][1]
-    if not (directory / "model_index.json").exists() and (directory / "config.json").exists():
-        found = class_of(load_config(directory))
-        if found not in classes:
-            raise InputError(f"{directory} is a {found}, no pipeline and no {' or '.join(classes)}")
-        return directory
-    folder = directory / name
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist")
-    if not folder.resolve().is_relative_to(directory.resolve()):
-        raise InputError(f"{folder} is a symbolic link out of the pipeline, to {folder.resolve()}")
-    return folder
+__all__ = [
+    "PipelineParts",
+    "component_dir",
+    "load_pipeline",
+    "one_step_scheduler",
+    "read_schedule",
+    "save_pipeline",
+]
 
 
 def load_pipeline(path: str | Path, *, dtype: Any | None = None) -> PipelineParts:
-    """Opens a pipeline: a directory, a hub id or `bundled` (see `resolve`); no weights are read yet.
+    """Opens a pipeline: a directory, a hub id, `bundled` or `FILE.safetensors@BASE` (see `resolve`).
 
-    The networks keep their files' types unless `dtype` is asked for.
-    Raises InputError for a pipeline of another class, a missing part, a part of an unsupported class or
-    configuration, and parts that do not fit each other, its tokenizers included.
+    No weights are read yet. Raises InputError as `resolve` and `pipeline_directory.open_pipeline` do.
     """
-    directory = resolve(path)
-    index_path = file_of(directory, "model_index.json")
-    index = read_json(index_path)
-    family = family_of(index, str(index_path))
-    configs = {name: load_config(component_dir(directory, name)) for name in family.networks}
-    for name, classes in _EXTRAS.items():
-        if (directory / name).exists():
-            configs[name] = load_config(component_dir(directory, name))
-            if class_of(configs[name]) not in classes:
-                raise InputError(f"{directory / name} is a {class_of(configs[name])}, expected {classes[0]}")
-    for name in family.networks:
-        if class_of(configs[name]) != index[name][1]:
-            raise InputError(
-                f"{directory / name} is a {class_of(configs[name])}, but {index_path} says {index[name][1]}"
-            )
-    check_fit(family, configs, str(directory))
-    parts = PipelineParts(
-        directory=directory,
-        dtype=dtype,
-        configs=configs,
-        scheduler=read_json(_scheduler_file(directory)),
-        schedule_config=read_schedule(directory),
-        family=family,
-        zero_null=zero_null(family, index),
-    )
-    _ = (
-        parts.tokenizer
-    )  # read, to be checked: whatever is done with a pipeline, pictures are to be drawn with it
-    return parts
+    if is_single_file(path):
+        read_header(Path(path).expanduser())  # whose error for a pickle is the plainer one
+        raise InputError(
+            f"{path} has no tokenizer and no scheduler: name the pipeline that has them, as {path}@DIR_OR_ID, or "
+            "convert the file (convert.py from-single-file --base=DIR_OR_ID)"
+        )
+    return open_pipeline(resolve(path), dtype=dtype)
 
 
-def read_schedule(directory: str | Path) -> ScheduleConfig:
-    """Reads `scheduler/scheduler_config.json` of a pipeline directory; raises InputError as it does."""
-    path = _scheduler_file(directory)
-    return ScheduleConfig.from_dict(read_json(path), str(path))
-
-
-def _scheduler_file(directory: str | Path) -> Path:
-    return file_of(component_dir(directory, "scheduler"), "scheduler_config.json")
-
-
-def one_step_scheduler(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the scheduler_config.json with which one step of diffusers is x0 = (z - s eps) / a at T-1.
-
-    Of diffusers' samplers it is the ancestral one (DDPM) with "trailing" timesteps that starts at T-1, ends at
-    x0 and adds nothing: `pipe(prompt, num_inference_steps=1, guidance_scale=0)`. The betas and the prediction
-    type are those of `values`, any supported scheduler_config.json. Raises InputError as `ScheduleConfig` does.
-    """
-    config = ScheduleConfig.from_dict(dict(values))
-    betas = None if config.trained_betas is None else list(config.trained_betas)
-    return {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": config.num_train_timesteps,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "beta_schedule": config.beta_schedule,
-        "trained_betas": betas,
-        "prediction_type": config.prediction_type,
-        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
-        "timestep_spacing": "trailing",
-        "steps_offset": 0,
-        "clip_sample": False,
-        "thresholding": False,
-        "variance_type": "fixed_small",
-    }
-
-
-def save_pipeline(
-    directory: str | Path,
-    *,
-    unet: Component | Path | None = None,
-    vae: Component | Path | None = None,
-    text_encoder: Component | Path | None = None,
-    text_encoder_2: Component | Path | None = None,
-    tokenizer_dir: str | Path | None = None,
-    scheduler: Mapping[str, Any] | None = None,
-    vae_tiny: Component | Path | None = None,
-    clip: Component | Path | None = None,
-    base: str | Path | None = None,
-    one_step: bool = False,
-    dtype: Any | None = "float32",
-    orbax: bool = False,
-) -> None:
-    """Writes a pipeline directory that diffusers' `DiffusionPipeline.from_pretrained` loads.
-
-    A network is given as it is, or as the directory to take it from (one is in memory at a time then), a CLIP
-    with the `preprocessor_config.json` and the tokenizer that lie there. `scheduler` holds the values of a
-    scheduler_config.json; with `one_step` it becomes `one_step_scheduler`. What is not given is taken from the
-    pipeline `base`, without which no SDXL is written. All weights are of one `dtype`, since PyTorch multiplies
-    no two types; None keeps those of the parts, and what their config.json files say of them. With `orbax` the
-    weights are written as Orbax checkpoints: the directory is then one for this package, not for diffusers.
-    All is written next to `directory` and renamed at the end. Raises InputError for a directory that is not
-    empty or cannot be written, and for parts that are missing, wrong, or do not fit each other.
-    """
-    parts: dict[str, Component | Path | None] = {
-        "unet": unet, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2,
-        "vae_tiny": vae_tiny, "clip": clip,
-    }  # fmt: skip
-    family, zeros, tokenizers = STABLE_DIFFUSION, False, {}
-    if base is not None:
-        opened = load_pipeline(base)
-        family, zeros = opened.family, opened.zero_null
-        tokenizers = {name: opened.component_dir(name) for name in family.tokenizers}
-        for name, part in parts.items():
-            if part is None and name in opened.configs:
-                parts[name] = opened.component_dir(name)
-        scheduler = scheduler or opened.scheduler
-    if tokenizer_dir is not None:
-        tokenizers["tokenizer"] = tokenizer_dir
-    missing = [name for name in family.networks if parts[name] is None]
-    missing += ["tokenizer_dir"] * (not tokenizers) + ["scheduler"] * (scheduler is None)
-    if missing:
-        raise InputError(f"a pipeline needs {', '.join(missing)}, or a base to take them from")
-    if text_encoder_2 is not None and "text_encoder_2" not in family.parts:
-        raise InputError(f"a {family.pipeline_class} has no text_encoder_2")
-    parts = {name: part for name, part in parts.items() if part is not None}
-    configs = {
-        name: part.config if isinstance(part, Component) else load_config(part)
-        for name, part in parts.items()
-    }
-    check_fit(family, configs, str(directory))
-    ScheduleConfig.from_dict(dict(scheduler), "the scheduler given")
-    values = one_step_scheduler(scheduler) if one_step else dict(scheduler)
-    token_files = {name: tokenizer_files(folder) for name, folder in tokenizers.items()}
-
-    with new_directory(directory) as partial:
-        for name, part in parts.items():
-            (partial / name).mkdir()
-            component = part if isinstance(part, Component) else load_component(part)
-            kept = dtype is None and not isinstance(part, Component)
-            write_component(
-                partial / name,
-                component.config,
-                component.params,
-                dtype=dtype,
-                orbax=orbax,
-                declared=declared_dtype(part) if kept else None,
-            )
-            del component  # before the next one is read
-        clip = parts.get("clip")
-        if isinstance(clip, Component):
-            side = clip.config.vision_config.image_size
-            write_preprocessor(partial / "clip", CLIPImageConfig(size=side, crop_size=side))
-        elif clip is not None:
-            copy_clip_files(Path(clip), partial / "clip")
-        for name, files in token_files.items():
-            (partial / name).mkdir()
-            for path in files:
-                shutil.copyfile(path, partial / name / path.name)
-        (partial / "scheduler").mkdir()
-        write_json(partial / "scheduler" / "scheduler_config.json", values)
-        index = make_index(family, configs, values["_class_name"], zeros)
-        write_json(partial / "model_index.json", index)
+def save_pipeline(directory: str | Path, *, base: str | Path | None = None, **parts: Any) -> None:
+    """Writes a pipeline directory, as `pipeline_directory.write_pipeline` does, with the base by its name."""
+    write_pipeline(directory, base=None if base is None else load_pipeline(base), **parts)

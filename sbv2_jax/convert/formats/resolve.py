@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sbv2_jax.convert.formats.files import existing_directory
+from sbv2_jax.convert.formats.single_file import directory_of
 from sbv2_jax.errors import InputError
 
 _BUNDLED = Path(__file__).parents[2] / "openmoji" / "bundled"
+_SINGLE_FILE = re.compile(r"(?P<file>.+\.(?:safetensors|ckpt|pt|pth|bin))(?:@(?P<base>.+))?")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?")
 # Weights by the names of the libraries: many repositories have whole pipelines in one file at their root too.
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -18,6 +20,8 @@ def resolve(path_or_id: str | Path, stems: Sequence[str] = _STEMS) -> Path:
     """Returns the directory of a model.
 
     The word `bundled` is the pipeline that the package carries. An existing directory is taken as it is.
+    `FILE.safetensors@BASE` is a checkpoint in one file, with what it lacks from the pipeline BASE; without a BASE it
+    stands for its UNet (`single_file.directory_of`).
     Anything else that looks like a path is an InputError that names it: the network is not touched.
     `owner/name`, or `owner/name@revision`, is fetched from the hub into its cache (JSON and text files, and the
     safetensors files whose names begin with one of `stems`), or found there when offline; a failure is an
@@ -27,6 +31,9 @@ def resolve(path_or_id: str | Path, stems: Sequence[str] = _STEMS) -> Path:
         if not (_BUNDLED / "model_index.json").is_file():
             raise InputError(f"the bundled pipeline is missing from this installation ({_BUNDLED})")
         return _BUNDLED
+    match = _SINGLE_FILE.fullmatch(str(path_or_id))
+    if match and not _is_directory(path_or_id):
+        return directory_of(match["file"], match["base"] and resolve(match["base"]))
     path = Path(path_or_id).expanduser()
     if not str(path_or_id).strip():
         raise InputError("the name of a model is empty")
@@ -41,6 +48,17 @@ def resolve(path_or_id: str | Path, stems: Sequence[str] = _STEMS) -> Path:
     if _exists(path.parent):
         raise InputError(f"{path_or_id} does not exist (there is {path.parent}/, so the hub was not asked)")
     return _from_hub(match["id"], match["revision"], stems)
+
+
+def is_single_file(name: str | Path) -> bool:
+    """Whether what has this name is a checkpoint in one file, named without a base."""
+    match = _SINGLE_FILE.fullmatch(str(name))
+    return bool(match) and match["base"] is None and not _is_directory(name)
+
+
+def _is_directory(name: str | Path) -> bool:
+    path = Path(name).expanduser()
+    return _exists(path) and path.is_dir()
 
 
 def is_hub_id(name: str) -> bool:

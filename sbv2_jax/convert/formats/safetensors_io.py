@@ -24,6 +24,12 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
+# What a single number may be stored as besides: a scalar has no memory to save.
+_NUMBERS: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
 # torch.save's two formats: a zip archive, and a bare pickle of protocol 2 to 5.
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
@@ -44,8 +50,18 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the tensor takes; KeyError for a type that is not one of `DTYPES`."""
-        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
+        """The bytes that the tensor takes; KeyError for a type that is not readable."""
+        return self.numpy_dtype.itemsize * math.prod(self.shape)
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The type in NumPy; KeyError for one that is not readable."""
+        return DTYPES[self.dtype] if self.dtype in DTYPES else _NUMBERS[self.dtype]
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is of one of `DTYPES`, or a single number of any integer or float type."""
+        return self.dtype in DTYPES or self.shape == () and self.dtype in _NUMBERS
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -98,7 +114,7 @@ def _header_bytes(path: Path) -> bytes:
 def read_tensors(
     path: Path, infos: Mapping[str, TensorInfo], *, mapped: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields tensors of a file one after the other, by what `read_header` said of them; `DTYPES` only.
+    """Yields tensors of a file one after the other, by what `read_header` said of them; readable ones only.
 
     With `mapped` they are read-only views of the file, which the system reads when they are used: they take no
     memory of their own, and the file must not be overwritten in place while they live. Otherwise they are read.
@@ -107,11 +123,11 @@ def read_tensors(
     with open(path, "rb") as file:
         for name, info in infos.items():
             # Files of early versions of the library are not aligned.
-            if view is not None and info.offset % DTYPES[info.dtype].itemsize == 0:
+            if view is not None and info.offset % info.numpy_dtype.itemsize == 0:
                 data = view[info.offset : info.offset + info.nbytes].view(np.ndarray)
             else:
                 data = np.fromfile(file, np.uint8, info.nbytes, offset=info.offset - file.tell())
-            yield name, data.view(DTYPES[info.dtype]).reshape(info.shape)
+            yield name, data.view(info.numpy_dtype).reshape(info.shape)
 
 
 def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor: Callable[[str], np.ndarray]) -> None:

@@ -15,7 +15,7 @@ from sbv2_jax.convert.formats.safetensors_io import (
     read_tensors,
     write_file,
 )
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 
 MAX_SHARD_BYTES = 10 * 10**9  # as diffusers
 
@@ -75,7 +75,7 @@ def _choose(directory: Path, stem: str, variant: str | None) -> str:
     if len(found) == 1:
         return next(iter(found.values()))
     if found:
-        raise InputError(f"{directory} has {', '.join(found.values())}: choose one by its variant")
+        raise InputError(f"{directory} has {', '.join(found.values())}: move all but the wanted one away")
     if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
         raise InputError(
             f"{directory} has weights as pickles only ({', '.join(pickles)}), which can run code: only "
@@ -111,7 +111,7 @@ def _open_shards(directory: Path, index: Path) -> Weights:
         if name not in files or files[name].name != shard
     ]
     if wrong:
-        raise InputError(f"{index} does not fit its files: {'; '.join(wrong)}")
+        raise InputError(f"{index} does not fit its files in {len(wrong)} tensors: {listed(wrong)}")
     return Weights(infos, files)
 
 
