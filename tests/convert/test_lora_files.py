@@ -14,8 +14,9 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_logging
 from lora_readers import assert_close, drawn_by, drawn_by_us, merged_by_peft
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from rewritten_loras import ALPHA, RANK, rewritten, with_alphas
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from tiny_pipeline import write_one_step
 
@@ -30,8 +31,6 @@ from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import network
 
 pytestmark = pytest.mark.slow
-
-RANK, ALPHA = 4, 8.0
 
 
 @pytest.fixture(scope="module")
@@ -162,22 +161,6 @@ def test_a_file_of_diffusers_with_ranks_and_alphas_of_its_own(pipeline, tmp_path
     update = read_lora(tmp_path / "pytorch_lora_weights.safetensors")
     assert set(update.scales.values()) == {5 / 2, 3 / 4, 6 / 4}
     assert_close(fuse(base.params, update), merged_by_peft(unet, network(base.config).shapes))
-
-
-def rewritten(file: Path, directory: Path, change=None, **metadata: object) -> Path:
-    """The file with other tensors and with settings in its metadata as given; without any, with none."""
-    tensors = load_file(file)
-    if change is not None:
-        change(tensors)
-    path = directory / "changed.safetensors"
-    text = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None
-    save_file(tensors, path, metadata=text)
-    return path
-
-
-def with_alphas(tensors: dict[str, np.ndarray], alpha: np.ndarray | float = ALPHA) -> None:
-    for name in [name for name in tensors if "lora_A" in name]:
-        tensors[name.replace("lora_A.weight", "alpha")] = np.asarray(alpha)
 
 
 def of_two_ranks(tensors: dict[str, np.ndarray]) -> None:

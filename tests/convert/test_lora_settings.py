@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_lora_files import ALPHA, RANK, rewritten, with_alphas
+from rewritten_loras import ALPHA, RANK, rewritten, with_alphas
 
 from sbv2_jax.convert.lora.files import read_lora
 from sbv2_jax.convert.lora.write import save_lora
