@@ -64,6 +64,15 @@ def sample(
     return x
 
 
+def one_step(denoise: Denoise, schedule: Schedule, noise: jax.Array) -> jax.Array:
+    """Returns the x0 that the network predicts from noise at the last timestep, float32 [B, ...].
+
+    `denoise` and noise are as for `sample`.
+    """
+    t = jnp.full(noise.shape[:1], schedule.num_timesteps - 1, jnp.int32)
+    return to_x0(schedule, denoise(noise, t), noise, t)
+
+
 def guided(
     apply: Callable[[jax.Array, jax.Array, Any], jax.Array],
     conditional: Any,

@@ -42,6 +42,7 @@ FIELDS: dict[str, Check] = {
     "architecture": text(empty=True),
     "resolution": whole(0),
     "prompts": text(),
+    "terms": strings,
     "student.init": text(),
     "student.mode": one_of("full", "lora"),
     "student.lr": number(0, above=True),
@@ -108,6 +109,9 @@ def default_config() -> ConfigDict:
     config.prompts = (
         "openmoji"  # a text file, one prompt a line; a TFDS/array_record directory; or "openmoji"
     )
+    # Of the student's objective: "vsd", "clip" (where clip.model names one), and any of yours, as
+    # "package.module:Class" or "path/file.py:Class" (`distill/terms/term.py`).
+    config.terms = ("vsd", "clip")
 
     config.student = ConfigDict()
     config.student.init = "teacher"  # "teacher", or where its UNet comes from (as for teacher; SD-Turbo)
@@ -295,7 +299,7 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
         f"config.clip.weight = {clip.weight:g} needs a config.clip.model",
     )
     yield (
-        vsd.weight == 0 and clip.weight == 0,
+        vsd.weight == 0 and clip.weight == 0 and set(config.terms) <= {"vsd", "clip"},
         "config.vsd.weight and config.clip.weight are both 0: nothing trains the student",
     )
     yield (

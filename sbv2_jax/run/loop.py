@@ -16,7 +16,7 @@ from sbv2_jax.data.prompts import PromptSource, describe_cut, open_prompts, prom
 from sbv2_jax.devices import processes
 from sbv2_jax.devices.cache import use_cache
 from sbv2_jax.devices.sharding import Layout, batch_sharding
-from sbv2_jax.distill.steps import Batch
+from sbv2_jax.distill.gradients import Batch
 from sbv2_jax.distill.train_step import TrainStep
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair, load_tokenizer
@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
         use_cache(workdir / "compiled")
     run, layout, source, tokenizers, start = prepared
     mesh = layout.mesh
-    frozen = load_frozen(run, tokenizers[0].encode([""])[0], layout.frozen)
+    frozen = load_frozen(run, tokenizers["input_ids"].encode([""])[0], layout.frozen)
 
     with processes.together():
         checkpoints = Checkpoints(
@@ -74,7 +74,7 @@ def train(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, for
         write_config(workdir / "config.json", config)
         grid = None
         if config.sample.every:
-            grid = ProgressGrid(run, frozen, tokenizers[0], tuple(config.sample.prompts), mesh)
+            grid = ProgressGrid(run, frozen, tokenizers["input_ids"], tuple(config.sample.prompts), mesh)
             if not restored:
                 grid.draw(state, sample_path(workdir, 0))
         batches = prompt_batches(
@@ -124,7 +124,7 @@ class Prepared(NamedTuple):
     run: Run
     layout: Layout
     source: PromptSource
-    tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None]
+    tokenizers: dict[str, Tokenizer | TokenizerPair]
     start: dict[str, np.ndarray] | None
 
 
@@ -136,7 +136,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     source = open_prompts(config.prompts)
     tokenizers = load_tokenizers(run)
     prompt_batches(source, config.batch_size, config.seed)  # too few prompts are an error here
-    if jax.process_index() == 0 and (cut := describe_cut(source, tokenizers[0])):
+    if jax.process_index() == 0 and (cut := describe_cut(source, tokenizers["input_ids"])):
         logging.warning(cut)
     start = None
     if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
@@ -154,25 +154,25 @@ def compiled(config: ConfigDict, run: Run, layout: Layout) -> TrainStep:
     return step
 
 
-def load_tokenizers(run: Run) -> tuple[Tokenizer | TokenizerPair, Tokenizer | None]:
-    """Loads the tokenizers of the text encoder, SDXL's two as one, and of the loss's CLIP.
+def load_tokenizers(run: Run) -> dict[str, Tokenizer | TokenizerPair]:
+    """Loads the tokenizer of each column of a batch: the text encoder's, SDXL's two as one, and the terms' CLIPs'.
 
-    The CLIP may share the pipeline's first one. Raises InputError where a tokenizer does not fit its network.
+    A CLIP may share the pipeline's first one. Raises InputError where a tokenizer does not fit its network.
     """
-    pipeline, clip = run.parts.pipeline / "tokenizer", run.parts.clip
+    pipeline = run.parts.pipeline / "tokenizer"
     found = []
     for name, part in run.parts.text_encoders.items():
         directory = pipeline.with_name(name.replace("text_encoder", "tokenizer"))
         found.append(load_tokenizer(directory))
         _require_fit(found[-1], part.config, directory)
-    text = found[0] if len(found) == 1 else TokenizerPair(*found)
-    if clip is None:
-        return text, None
-    own = (clip.directory / "tokenizer_config.json").is_file()
-    directory = clip.directory if own else pipeline
-    tokenizer = load_tokenizer(directory)
-    _require_fit(tokenizer, clip.config.text_config, directory)
-    return text, tokenizer
+    tokenizers = {"input_ids": found[0] if len(found) == 1 else TokenizerPair(*found)}
+    for column, name in run.method.columns.items():
+        clip = run.parts.networks[name]
+        own = (clip.directory / "tokenizer_config.json").is_file()
+        directory = clip.directory if own else pipeline
+        tokenizers[column] = load_tokenizer(directory)
+        _require_fit(tokenizers[column], clip.config.text_config, directory)
+    return tokenizers
 
 
 def _require_fit(tokenizer: Tokenizer, config, directory: Path) -> None:
@@ -184,17 +184,15 @@ def _require_fit(tokenizer: Tokenizer, config, directory: Path) -> None:
 
 def next_batch(
     batches: Iterator[list[str]],
-    tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None],
+    tokenizers: dict[str, Tokenizer | TokenizerPair],
     mesh: jax.sharding.Mesh,
 ) -> Batch:
     """Reads and tokenizes this process's next prompts and makes the global, sharded batch of them."""
-    prompts = next(batches)
-
-    def ids(tokenizer: Tokenizer | TokenizerPair) -> jax.Array:
-        return jax.make_array_from_process_local_data(batch_sharding(mesh), tokenizer.encode(prompts))
-
-    text, clip = tokenizers
-    return Batch(ids(text), None if clip is None else ids(clip))
+    prompts, sharding = next(batches), batch_sharding(mesh)
+    return {
+        column: jax.make_array_from_process_local_data(sharding, tokenizer.encode(prompts))
+        for column, tokenizer in tokenizers.items()
+    }
 
 
 def write_config(path: Path, config: ConfigDict) -> None:

@@ -225,10 +225,10 @@ def test_the_scores_lora_has_its_own_layers_rank_and_alpha(convert, full, world,
     assert capsys.readouterr().out == f"wrote {file} from step {STEP}\n"
     update = read_lora(file)
     assert set(update.scales.values()) == {3.0 / 2}
-    for name, leaf in full.state.score.items():
+    for name, leaf in full.state.players["score"].params.items():
         np.testing.assert_array_equal(update.factors[name], leaf)
     base = load_component(world / "pipeline" / "unet").params
-    want = lora.merge(base, full.state.score, 1.5)
+    want = lora.merge(base, full.state.players["score"].params, 1.5)
     got = fuse(base, update)
     assert all(np.array_equal(got[name], want[name]) for name in want)
 

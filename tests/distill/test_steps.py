@@ -19,11 +19,12 @@ import torch_reference
 from conftest import measured
 from tiny_world import World
 from torch_reference import integers, nchw
+from toy_world import changed
 
 from sbv2_jax.convert.formats.names import params_to_torch
-from sbv2_jax.distill import steps
+from sbv2_jax.distill.gradients import random_numbers
 from sbv2_jax.distill.train_step import make_train_step
-from sbv2_jax.models.conditions import split
+from sbv2_jax.models.conditions import split_towers
 
 GRADIENT_BOUND = 1e-4
 WEIGHT_BOUND = 1e-5
@@ -128,22 +129,22 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
         unet=tiny_world.UNET_XL if xl else tiny_world.UNET,
         text=tiny_world.TEXT,
         clip=tiny_world.CLIP,
-        vae=decoders[config.clip.decoder] if frozen.clip else None,
+        vae=decoders[config.clip.decoder] if "clip" in frozen else None,
         student_lora=config.student.lora.to_dict() if world.run.lora_student else None,
         score_lora=config.score.to_dict(),
         **xl,
     )
-    towers = split(frozen.text_encoder, world.run.parts.text_encoders)
+    towers = split_towers(frozen["text_encoder"], world.run.parts.text_encoders)
     pairs = [
-        (reference.teacher, frozen.teacher),
-        (reference.score, frozen.teacher | world.score),
-        (reference.student, frozen.student | world.student),
+        (reference.teacher, frozen["teacher"]),
+        (reference.score, frozen["teacher"] | world.score),
+        (reference.student, frozen.get("student", {}) | world.student),
         (reference.text, towers["text_encoder"]),
     ]
     if xl:
         pairs.append((reference.text_2, towers["text_encoder_2"]))
-    if frozen.clip:
-        pairs += [(reference.clip, frozen.clip), (reference.vae, frozen.decoder)]
+    if "clip" in frozen:
+        pairs += [(reference.clip, frozen["clip"]), (reference.vae, frozen["decoder"])]
     for module, params in pairs:
         torch_reference.load(module, params_to_torch(params))
     reference.start()
@@ -152,7 +153,7 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
 
 def torch_ids(world: World) -> tuple[torch.Tensor, ...]:
     """Returns the ids of the prompts, of the CLIP loss's prompts and of the null prompt."""
-    return tuple(integers(a) for a in (*world.batch, world.empty) if a is not None)
+    return tuple(integers(a) for a in (*world.batch.values(), world.empty))
 
 
 def drawer(world: World) -> Callable:
@@ -161,15 +162,16 @@ def drawer(world: World) -> Callable:
     They are z, noise and t of the student, and noise, t and the mask of null prompts of each score update.
     """
     batch = world.config.batch_size
-    draw = tiny_world.fast_jit(lambda key, step: steps.draw(world.run.objective, key, step, batch, 1000))
+    draw = tiny_world.fast_jit(lambda key, step: random_numbers(world.run.method, key, step, batch))
 
     def draws(key: jax.Array, step: int):
-        student, score = draw(key, step)
+        student, followers = draw(key, step)
+        vsd, score = student.terms["vsd"], followers["score"]
         updates = [
             (nchw(noise), integers(t), integers(null).bool())
             for noise, t, null in zip(score.noise, score.t, score.null, strict=True)
         ]
-        return (nchw(student.z), nchw(student.noise), integers(student.t)), updates
+        return (nchw(student.z), nchw(vsd.noise), integers(vsd.t)), updates
 
     return draws
 
@@ -180,8 +182,9 @@ def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def as_torch(state) -> dict[str, dict[str, np.ndarray]]:
-    trees = {"student": state.student, "ema": state.ema, "score": state.score}
-    trees |= {"student gradient": state.student_opt[0].trace, "score gradient": state.score_opt[0].trace}
+    trees = {"ema": state.ema}
+    for name, player in state.players.items():
+        trees |= {name: player.params, f"{name} gradient": player.opt[0].trace}
     return {name: params_to_torch(tree) for name, tree in trees.items()}
 
 
@@ -190,15 +193,15 @@ def both(request) -> Both:
     changes, predictions, kind = CASES[request.param]
     world = tiny_world.make_world(OPTIMIZER | changes, **predictions, **kind)
     reference = make_reference(world, predictions)
-    optimizers = {
-        name: recorded(getattr(world.run, name)) for name in ("student_optimizer", "score_optimizer")
-    }
-    state = world.init(**optimizers)
+    optimizers = world.run.method.optimizers
+    method = changed(
+        world.run.method, **{f"{name}__optimizer": recorded(one) for name, one in optimizers.items()}
+    )
+    state = world.init(method)
     ids, draws = torch_ids(world), drawer(world)
     tau, cosines, clip_over_vsd = balance(reference, ids, draws(state.key, 0)[0])
     reference.method.tau = tau
-    objective = dataclasses.replace(world.run.objective, clip_tau=tau)
-    step = tiny_world.fast_jit(make_train_step(world.run.models, objective, *optimizers.values()))
+    step = tiny_world.fast_jit(make_train_step(changed(method, clip__tau=tau)))
     states, ours, theirs = [state], [as_torch(state)], []
     for index in range(STEPS):
         state, metrics = step(state, world.frozen, world.batch)
@@ -282,7 +285,7 @@ def test_losses_equal_pytorch(both):
         assert ours["metrics"]["skipped"] == 0.0
     first = both.ours[1]
     for name in ("student", "score"):
-        if name == "score" and both.world.run.objective.score_updates > 1:
+        if name == "score" and both.world.run.method.players["score"].updates > 1:
             continue  # the metric is the mean over the updates, the gradient that of the last
         assert first["metrics"][f"grad_norm/{name}"] == pytest.approx(
             norm(first[f"{name} gradient"]), rel=1e-5
@@ -306,11 +309,12 @@ def test_what_is_not_finite_changes_nothing_but_the_step(both):
     """A teacher that gives NaN on one of the prompts only, as an overflow would."""
     frozen = both.world.frozen
     suffix = "text_model.embeddings.token_embedding.embedding"
-    embedding = next(name for name in frozen.text_encoder if name.endswith(suffix))
-    token = both.world.batch.input_ids[1].flat[0]
-    poisoned = frozen.text_encoder | {embedding: frozen.text_encoder[embedding].at[token].set(np.nan)}
+    embedding = next(name for name in frozen["text_encoder"] if name.endswith(suffix))
+    token = both.world.batch["input_ids"][1].flat[0]
+    text = frozen["text_encoder"]
+    poisoned = text | {embedding: text[embedding].at[token].set(np.nan)}
     before = both.states[1]
-    after, metrics = both.step(before, dataclasses.replace(frozen, text_encoder=poisoned), both.world.batch)
+    after, metrics = both.step(before, frozen | {"text_encoder": poisoned}, both.world.batch)
     assert metrics["skipped"] == 1.0
     assert after.step == before.step + 1
     jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, step=before.step), before)

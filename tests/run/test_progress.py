@@ -30,7 +30,7 @@ def test_a_device_draws_no_more_at_a_time_than_fits(tmp_path, monkeypatch, at_a_
     config.update(teacher=str(world / "pipeline"), prompts=str(world / "prompts.txt"), batch_size=4)
     config.score.update(rank=2, targets=r".*\.attn[12]\.to_(q|v)")
     _, run, layout = lay_out(config, read_parts(config), jax.devices()[:1], None)
-    tokenizer = load_tokenizers(run)[0]
+    tokenizer = load_tokenizers(run)["input_ids"]
     traced, columns = [], {}
 
     def generate(generator, params, ids, null_ids, noise, *, steps=1, guidance=1.0, sampler="dpm"):
