@@ -18,7 +18,7 @@ from sbv2_jax.tree import Params
 
 
 def clamped_clip_loss(image_features: jax.Array, text_features: jax.Array, tau: float) -> jax.Array:
-    """Returns max(0, tau - cosine), [B], of features [B, D] (SwiftBrush v2, section 4.2).
+    """Returns max(0, tau - cosine), [B], of features [B, D] (SwiftBrush v2, equation 5).
 
     The clamp is per sample: one that agrees with its text by more than tau is left alone.
     """

@@ -119,11 +119,6 @@ def needed_sources(config: ConfigDict, terms: Sequence[type[Term]]) -> dict[str,
     return found
 
 
-def needed_players(terms: Sequence[Term]) -> list[type[Player]]:
-    """Returns the players, beside the student, that the terms need, each once."""
-    return list(dict.fromkeys(player for term in terms for player in term.players))
-
-
 def _term_class(spec: str) -> type[Term]:
     module, _, attribute = TERMS.get(spec, spec).rpartition(":")
     if not module or not attribute:
