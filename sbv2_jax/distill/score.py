@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sbv2_jax.diffusion.schedule import Schedule, add_noise, coefficients, to_epsilon
+from sbv2_jax.diffusion.schedule import Schedule, add_noise, coefficients, rounded, to_epsilon
 from sbv2_jax.distill.player import Player, Setting, with_lora
 from sbv2_jax.distill.random_numbers import NamedKeys
 from sbv2_jax.distill.state import Frozen
@@ -69,7 +69,7 @@ class Score(Player):
         self, params: Params, frozen: Frozen, x: jax.Array, text: Text, noise: ScoreNoise
     ) -> jax.Array:
         """Returns the denoising loss [B] on samples x, with the prompts of some of them dropped."""
-        x_t = add_noise(self.schedule, x, noise.noise, noise.t)
+        x_t = rounded(add_noise(self.schedule, x, noise.noise, noise.t), self.compute_dtype)
 
         def dropped(null: jax.Array, own: jax.Array) -> jax.Array:
             return jnp.where(jnp.expand_dims(noise.null, tuple(range(1, own.ndim))), null[None], own)

@@ -38,7 +38,7 @@ def rollout(
         output = unet.apply(params, x.astype(dtype), t, *text, lora_scale=lora_scale)
         return output.astype(jnp.float32)
 
-    return one_step(predict, schedule, z)
+    return one_step(predict, schedule, z, dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -78,9 +78,11 @@ def generate(
         null = like(cast(encoder.null(params.text_encoder, null_ids, latent_shape), dtype), text)
     denoise = samplers.guided(predict, text, null, guidance)
     if steps == 1:
-        latents = samplers.one_step(denoise, generator.schedule, noise)
+        latents = samplers.one_step(denoise, generator.schedule, noise, dtype)
     else:
-        latents = samplers.sample(denoise, generator.schedule, noise, steps=steps, sampler=sampler)
+        latents = samplers.sample(
+            denoise, generator.schedule, noise, steps=steps, sampler=sampler, dtype=dtype
+        )
     return decode(generator, params.vae, latents)
 
 

@@ -49,7 +49,9 @@ class Colour(Term):
 
 def test_a_term_outside_the_package_trains_saves_resumes_and_exports(tmp_path):
     write_world(tmp_path)
-    prompts = [f"a {colour} {thing}" for colour in ("red", "pink", "blue") for thing in ("dog", "apple", "cat")]
+    prompts = [
+        f"a {colour} {thing}" for colour in ("red", "pink", "blue") for thing in ("dog", "apple", "cat")
+    ]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     own = tmp_path / "colour.py"
     own.write_text(COLOUR)

@@ -13,6 +13,7 @@ from sbv2_jax.diffusion.schedule import (
     classifier_free_guidance,
     coefficients,
     epsilon_to_x0,
+    rounded,
     to_epsilon,
 )
 from sbv2_jax.distill.player import Player, Setting
@@ -123,7 +124,7 @@ class VSD(Term):
         """
         score, noise, text = self.score, given.noise, given.text
         schedule, count = score.schedule, x.shape[0]
-        x_t = add_noise(schedule, x, noise.noise, noise.t)
+        x_t = rounded(add_noise(schedule, x, noise.noise, noise.t), score.compute_dtype)
         null = like(given.frozen["null_text"], text)
         passes = [
             (rows, scale)
