@@ -30,7 +30,7 @@ def main() -> None:
     config = _CONFIG.value
     with tempfile.TemporaryDirectory() as empty:
         run, layout, source, tokenizers, start = prepare(config, Path(empty))
-    frozen = load_frozen(run, tokenizers[0].encode([""])[0], layout.frozen)
+    frozen = load_frozen(run, tokenizers["input_ids"].encode([""])[0], layout.frozen)
     steps, states = {}, {}
     for kind in KINDS:
         config.programs = kind

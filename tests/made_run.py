@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from sbv2_jax.checkpoint import Checkpoints
-from sbv2_jax.distill.state import TrainState
+from sbv2_jax.distill.state import PlayerState, TrainState
 from sbv2_jax.run.build import assemble
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import default_config
@@ -43,14 +43,12 @@ def make_run(world: Path, name: str, **changes: object) -> Made:
         }
 
     shapes = run.state_shapes
+    student, ema, score = map(draw, (shapes.student, shapes.ema, shapes.players["score"].params))
     state = TrainState(
         step=np.int32(STEP),
         key=np.zeros(2, np.uint32),
-        student=draw(shapes.student),
-        student_opt=(),
-        ema=draw(shapes.ema),
-        score=draw(shapes.score),
-        score_opt=(),
+        players={"student": PlayerState(student, ()), "score": PlayerState(score, ())},
+        ema=ema,
     )
     directory = world / name
     with Checkpoints(directory / "checkpoints", keep=3, config=config.to_dict()) as checkpoints:

@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import tiny_world
 from jax.sharding import Mesh
+from toy_world import changed
 
 from sbv2_jax.devices import sharding
 from sbv2_jax.devices.rules import DEFAULT_RULES
+from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.state import TrainState
 from sbv2_jax.distill.train_step import make_train_step
 from sbv2_jax.tree import leaf_names
@@ -33,17 +35,17 @@ class Sharded:
         self.world = tiny_world.make_world({"batch_size": 16}, unet=UNET)
         # Adam with an eps of the gradients' size: with 1e-8 rounding would decide the sign of the smallest.
         self.optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-3))
-        state = self.world.init(student_optimizer=self.optimizer, score_optimizer=self.optimizer)
-        self.initial = jax.device_get(state)
+        self.method = with_optimizer(self.world.run.method, self.optimizer)
+        self.initial = jax.device_get(self.world.init(self.method))
 
     def run(self, mesh: Mesh, *, accumulate: int = 1, runs: int = 1) -> list[tuple]:
         """Returns, of each run, the state and the metrics after two steps, and the batch as it was placed."""
         world = self.world
-        objective = dataclasses.replace(world.run.objective, accumulate=accumulate)
+        method = dataclasses.replace(self.method, accumulate=accumulate)
         layout = self.layout(mesh)
         placement = (layout.state, layout.frozen, layout.placement.batch)
         step = tiny_world.fast_jit(
-            make_train_step(world.run.models, objective, self.optimizer, self.optimizer, layout.placement),
+            make_train_step(method, layout.placement),
             in_shardings=placement,
             out_shardings=(placement[0], None),
             donate_argnums=0,
@@ -67,12 +69,21 @@ class Sharded:
         return [name for name, leaf, plan in leaves if not leaf.sharding.is_equivalent_to(plan, leaf.ndim)]
 
 
+def with_optimizer(method: Method, optimizer: optax.GradientTransformation) -> Method:
+    """Returns the method with this optimizer for every player."""
+    return changed(method, **{f"{name}__optimizer": optimizer for name in method.players})
+
+
 def errors(state: TrainState, metrics: dict, want: TrainState, want_metrics: dict) -> dict[str, float]:
     """Returns the largest error of a part of the state, against the largest value of its tensor."""
     worst = {}
-    for name in ("student", "ema", "score", "student_opt", "score_opt"):
-        pairs = zip(*(jax.tree.leaves(getattr(side, name)) for side in (state, want)), strict=True)
-        worst[name] = max(float(np.abs(np.float64(a) - b).max() / np.abs(b).max()) for a, b in pairs)
+    leaves = (jax.tree.leaves(side) for side in (state, want))
+    for name, a, b in zip(leaf_names(state), *leaves, strict=True):
+        if "." in name:  # not the step and the key
+            error = float(np.abs(np.float64(a) - b).max() / np.abs(b).max())
+            part = name.partition(".")[0]
+            worst[part] = max(error, worst.get(part, 0.0))
+    assert worst.keys() == {"student", "ema", "score", "student_opt", "score_opt"}
     names = want_metrics.keys() - {"skipped"}
     worst["metrics"] = max(abs(float(metrics[n]) / float(want_metrics[n]) - 1) for n in names)
     return worst
@@ -108,7 +119,7 @@ def main(meshes: list[str], shapes: dict[str, list[int]]) -> None:
         out["again"][name] = all(np.array_equal(a, b) for a, b in pairs)
         out["moved"][name] = sharded.moved(state, mesh)
         out["held"][name] = held(state)
-        ids = batch.input_ids
+        ids = batch["input_ids"]
         shard = ids.addressable_shards[0].data.shape[0]
         out["batch"][name] = {"spec": list(ids.sharding.spec), "shard": shard}
     print(json.dumps(out | {"batch_size": sharded.world.config.batch_size}))

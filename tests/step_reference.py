@@ -7,7 +7,7 @@ from tiny_world import World
 from torch_reference import integers
 
 from sbv2_jax.convert.formats.names import params_to_torch
-from sbv2_jax.models.conditions import split
+from sbv2_jax.models.conditions import split_towers
 
 
 def make_reference(world: World, predictions: dict[str, str]) -> torch_reference.Reference:
@@ -40,22 +40,22 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
         unet=tiny_world.UNET_XL if xl else tiny_world.UNET,
         text=tiny_world.TEXT,
         clip=tiny_world.CLIP,
-        vae=decoders[config.clip.decoder] if frozen.clip else None,
+        vae=decoders[config.clip.decoder] if "clip" in frozen else None,
         student_lora=config.student.lora.to_dict() if world.run.lora_student else None,
         score_lora=config.score.to_dict(),
         **xl,
     )
-    towers = split(frozen.text_encoder, world.run.parts.text_encoders)
+    towers = split_towers(frozen["text_encoder"], world.run.parts.text_encoders)
     pairs = [
-        (reference.teacher, frozen.teacher),
-        (reference.score, frozen.teacher | world.score),
-        (reference.student, frozen.student | world.student),
+        (reference.teacher, frozen["teacher"]),
+        (reference.score, frozen["teacher"] | world.score),
+        (reference.student, frozen.get("student", {}) | world.student),
         (reference.text, towers["text_encoder"]),
     ]
     if xl:
         pairs.append((reference.text_2, towers["text_encoder_2"]))
-    if frozen.clip:
-        pairs += [(reference.clip, frozen.clip), (reference.vae, frozen.decoder)]
+    if "clip" in frozen:
+        pairs += [(reference.clip, frozen["clip"]), (reference.vae, frozen["decoder"])]
     for module, params in pairs:
         torch_reference.load(module, params_to_torch(params))
     reference.start()
@@ -64,4 +64,4 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
 
 def torch_ids(world: World) -> tuple[torch.Tensor, ...]:
     """Returns the ids of the prompts, of the CLIP loss's prompts and of the null prompt."""
-    return tuple(integers(a) for a in (*world.batch, world.empty) if a is not None)
+    return tuple(integers(a) for a in (*world.batch.values(), world.empty))

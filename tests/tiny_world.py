@@ -10,18 +10,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig
-from sbv2_jax.distill import steps
+from sbv2_jax.distill.gradients import Batch
+from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.state import Frozen, TrainState, init_state
 from sbv2_jax.models import lora
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.network import Network
+from sbv2_jax.models.part import Part
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.tiny_vae import TinyVAEConfig
 from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.models.vae import VAEConfig
 from sbv2_jax.run.build import Run, assemble
-from sbv2_jax.run.components import Part, Parts
+from sbv2_jax.run.components import Parts
 from sbv2_jax.run.config import default_config
 from sbv2_jax.tree import Params
 
@@ -144,19 +146,18 @@ class World:
     frozen: Frozen
     student: Params
     score: Params
-    batch: steps.Batch
+    batch: Batch
 
     @property
     def empty(self) -> np.ndarray:
         """The token ids of the null prompt, [1, S] or [1, 2, S]."""
         return EMPTY if self.run.parts.text_encoder_2 is None else EMPTY_XL
 
-    def init(self, **optimizers: Any) -> TrainState:
-        """Returns the state at step 0, for the run's optimizers unless others are given."""
-        chosen = {name: getattr(self.run, name) for name in ("student_optimizer", "score_optimizer")}
-        return init_state(
-            self.run.seed, self.student, self.score, **(chosen | optimizers), ema=self.config.ema > 0
-        )
+    def init(self, method: Method | None = None) -> TrainState:
+        """Returns the state at step 0, for the run's method unless another is given."""
+        params = {"student": self.student, "score": self.score}
+        optimizers = (method or self.run.method).optimizers
+        return init_state(self.run.seed, params, optimizers, ema=self.config.ema > 0)
 
 
 def make_world(
@@ -180,20 +181,18 @@ def make_world(
         second = Part(config=CLIPTextConfig.from_dict(TEXT_2), directory=None)
         parts = dataclasses.replace(parts, text_encoder_2=second, zero_null=zero_null)
     run = assemble(config, parts)
-    student_base, student_lora = lora.split(random_params(run.models.student, 2))
-    teacher, score = lora.split(random_params(run.models.score, 3))
-    text_params = random_params(run.models.text_encoder, 1)
-    latents = run.objective.latent_shape
+    players, text_encoder = run.method.players, run.method.text_encoder
+    student_base, student_lora = lora.base_and_factors(random_params(players["student"].network, 2))
+    teacher, score = lora.base_and_factors(random_params(players["score"].network, 3))
+    text_params = random_params(text_encoder, 1)
+    latents = run.method.latent_shape
     empty = EMPTY_XL[0] if xl else EMPTY[0]
-    null_text = fast_jit(lambda params: run.models.text_encoder.null(params, empty, latents))(text_params)
-    frozen = Frozen(
-        teacher=teacher,
-        student=student_base if run.lora_student else {},
-        text_encoder=text_params,
-        null_text=null_text,
-        decoder=random_params(network(parts.decoder.config), 4) if parts.decoder else {},
-        clip=random_params(network(parts.clip.config), 5) if parts.clip else {},
-    )
+    null_text = fast_jit(lambda params: text_encoder.null(params, empty, latents))(text_params)
+    frozen = {"teacher": teacher, "text_encoder": text_params, "null_text": null_text}
+    frozen |= {"student": student_base} if run.lora_student else {}
+    for seed, name in enumerate(("decoder", "clip"), 4):
+        if name in parts.networks:
+            frozen[name] = random_params(network(parts.networks[name].config), seed)
     rng = np.random.default_rng(7)
     ids, clip_ids = token_ids(rng, config.batch_size), token_ids(rng, config.batch_size)
     if xl:  # the same prompts, padded as the second tokenizer does
@@ -205,7 +204,7 @@ def make_world(
         frozen=frozen,
         student=student_lora if run.lora_student else student_base,
         score=score,
-        batch=steps.Batch(ids, clip_ids if parts.clip else None),
+        batch={"input_ids": ids} | ({"clip_input_ids": clip_ids} if parts.networks else {}),
     )
 
 
@@ -214,8 +213,15 @@ def _parts(config: ConfigDict, unet: dict, student_prediction: str, teacher_pred
         return Part(config=config_class.from_dict(values), directory=None)
 
     vae, tiny = part(VAEConfig, KL_VAE), part(TinyVAEConfig, TINY_VAE)
-    clip_loss = config.clip.weight > 0
-    side = VISION["image_size"]
+    networks, side = {}, VISION["image_size"]
+    if config.clip.weight > 0:
+        config.clip.model = "drawn at random"
+        networks = {
+            "decoder": {"vae": vae, "vae_tiny": tiny}[config.clip.decoder],
+            "clip": dataclasses.replace(
+                part(CLIPConfig, CLIP), image=CLIPImageConfig(size=side, crop_size=side)
+            ),
+        }
     return Parts(
         teacher=part(UNetConfig, unet),
         teacher_schedule=ScheduleConfig(**SCHEDULE, prediction_type=teacher_prediction),
@@ -223,8 +229,6 @@ def _parts(config: ConfigDict, unet: dict, student_prediction: str, teacher_pred
         student_schedule=ScheduleConfig(**SCHEDULE, prediction_type=student_prediction),
         text_encoder=part(CLIPTextConfig, TEXT),
         vae=vae,
-        decoder={"vae": vae, "vae_tiny": tiny}[config.clip.decoder] if clip_loss else None,
-        clip=part(CLIPConfig, CLIP) if clip_loss else None,
-        clip_image=CLIPImageConfig(size=side, crop_size=side) if clip_loss else None,
+        networks=networks,
         pipeline=None,
     )

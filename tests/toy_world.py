@@ -10,8 +10,12 @@ from flax import nnx
 from tiny_world import fast_jit
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
-from sbv2_jax.distill import steps
-from sbv2_jax.distill.state import Frozen, TrainState, init_state
+from sbv2_jax.distill.method import Method
+from sbv2_jax.distill.score import Score
+from sbv2_jax.distill.state import TrainState, init_state
+from sbv2_jax.distill.student import Student
+from sbv2_jax.distill.terms.clip import ClampedCLIP
+from sbv2_jax.distill.terms.vsd import VSD
 from sbv2_jax.distill.train_step import make_train_step
 from sbv2_jax.models import lora
 from sbv2_jax.models.clip import TextOutput
@@ -52,7 +56,7 @@ class Denoiser(nnx.Module):
 
 
 class Toy:
-    """A run of toy networks with the CLIP loss; `changes` are fields of its `Objective`."""
+    """A run of toy networks with the CLIP loss; `changes` are as for `changed`."""
 
     def __init__(self, dtype: jnp.dtype = jnp.float32, **changes):
         text, student = Network(Table), Network(Denoiser)
@@ -65,44 +69,63 @@ class Toy:
                 for name, leaf in network.shapes.items()
             }
 
+        self.optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-4))
         schedule = make_schedule(ScheduleConfig(prediction_type="v_prediction"))
-        teacher, self.score = lora.split(params(score))
+        teacher, self.score = lora.base_and_factors(params(score))
         self.student = params(student)
         picture, word = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((12, 5), (4, 5)))
-        self.models = steps.Models(
-            student=student,
-            student_schedule=schedule,
-            score=score,
-            score_schedule=schedule,
+        common = {"schedule": schedule, "optimizer": self.optimizer, "compute_dtype": dtype}
+        score = Score(network=score, base="teacher", **common)
+        clip = ClampedCLIP(
+            decode=lambda p, x: jnp.tanh(p["gain"] * x.astype(dtype)),
+            image_features=lambda p, x: x.reshape(x.shape[0], -1) @ p["picture"],
+            text_features=lambda p, ids: p["table"][ids[:, 0]] @ p["word"],
+            steps=20,
+            start=0.5,
+        )
+        method = Method(
+            student=Student(network=student, **common),
+            followers=(score,),
+            terms=(VSD(score=score), clip),
             text_encoder=TextEncoder({"text_encoder": text}),
-            decode=lambda p, x: jnp.tanh(p["gain"] * x),
-            clip_image=lambda p, x: x.reshape(x.shape[0], -1) @ p["picture"],
-            clip_text=lambda p, ids: p["table"][ids[:, 0]] @ p["word"],
+            latent_shape=LATENTS,
         )
         text_params = params(text)
-        frozen = Frozen(
-            teacher=teacher,
-            student={},
-            text_encoder=text_params,
-            null_text=Text(text_params["table.embedding"][np.zeros(3, np.int32)]),
-            decoder={"gain": jnp.float32(0.8)},
-            clip={"picture": picture, "word": word, "table": params(text)["table.embedding"]},
-        )
+        frozen = {
+            "teacher": teacher,
+            "text_encoder": text_params,
+            "null_text": Text(text_params["table.embedding"][np.zeros(3, np.int32)]),
+            "decoder": {"gain": jnp.float32(0.8)},
+            "clip": {"picture": picture, "word": word, "table": params(text)["table.embedding"]},
+        }
         self.frozen = cast(frozen, dtype)
         ids, clip_ids = (rng.integers(1, VOCABULARY - 1, (BATCH, 3)).astype(np.int32) for _ in range(2))
-        self.batch = steps.Batch(ids, clip_ids)
-        self.objective = steps.Objective(
-            **{"steps": 20, "latent_shape": LATENTS, "compute_dtype": dtype, "clip_weight": 0.5} | changes
-        )
-        self.optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-4))
+        self.batch = {"input_ids": ids, "clip_input_ids": clip_ids}
+        self.method = changed(method, **changes)
 
     def init(self, seed: int = 0, ema: bool = True) -> TrainState:
-        copies = jax.tree.map(jnp.copy, (self.student, self.score))
-        return init_state(seed, *copies, self.optimizer, self.optimizer, ema)
+        copies = jax.tree.map(jnp.copy, {"student": self.student, "score": self.score})
+        return init_state(seed, copies, self.method.optimizers, ema)
 
     def train_step(self, jit: dict | None = None, **changes):
-        """Returns the jitted step, with these fields of the objective changed and arguments for `jax.jit`."""
-        objective = dataclasses.replace(self.objective, **changes)
-        return fast_jit(
-            make_train_step(self.models, objective, self.optimizer, self.optimizer), **(jit or {})
-        )
+        """Returns the jitted step, with the method `changed` so, and arguments for `jax.jit`."""
+        return fast_jit(make_train_step(changed(self.method, **changes)), **(jit or {}))
+
+
+def changed(method: Method, **changes) -> Method:
+    """Returns the method with fields of its own, or of a player or a term ("vsd__scale"), changed."""
+    owners = {**method.players, **{term.name: term for term in method.terms}}
+    for name, value in changes.items():
+        owner, _, field = name.rpartition("__")
+        if owner:
+            owners[owner] = dataclasses.replace(owners[owner], **{field: value})
+        else:
+            method = dataclasses.replace(method, **{field: value})
+    if "vsd" in owners:
+        owners["vsd"] = dataclasses.replace(owners["vsd"], score=owners["score"])
+    return dataclasses.replace(
+        method,
+        student=owners["student"],
+        followers=tuple(owners[player.name] for player in method.followers),
+        terms=tuple(owners[term.name] for term in method.terms),
+    )

@@ -21,17 +21,22 @@ from absl import logging
 class Placement:
     """Where the arrays between stages lie: shardings, or None where the compiler may choose.
 
-    `batch` splits the leading axis, `batches` the axis after it, and `whole` replicates. The others hold a
-    sharding for each leaf of the state, or of that part of it.
+    `batch` splits the leading axis, `batches` the axis after it, and `whole` replicates. `state` holds a sharding
+    for each leaf of the state.
     """
 
     batch: Any = None
     batches: Any = None
     whole: Any = None
-    student: Any = None
-    score: Any = None
-    score_opt: Any = None
     state: Any = None
+
+    def player(self, name: str) -> Any:
+        """Where a player and its optimizer's state lie."""
+        return None if self.state is None else self.state.players[name]
+
+    def params(self, name: str) -> Any:
+        """Where a player, and so its gradient, lies."""
+        return None if self.state is None else self.state.players[name].params
 
 
 ANYWHERE = Placement()

@@ -98,15 +98,11 @@ class Layout:
     @property
     def placement(self) -> Placement:
         """What a training step is told."""
-        state = self.state
         return Placement(
             batch=batch_sharding(self.mesh),
             batches=NamedSharding(self.mesh, PartitionSpec(None, AXES)),
             whole=NamedSharding(self.mesh, PartitionSpec()),
-            student=state.student,
-            score=state.score,
-            score_opt=state.score_opt,
-            state=state,
+            state=self.state,
         )
 
     @functools.cached_property

@@ -20,6 +20,7 @@ from sbv2_jax.diffusion.schedule import (
     Schedule,
     classifier_free_guidance,
     is_guided,
+    rounded,
     to_x0,
 )
 from sbv2_jax.errors import InputError
@@ -37,6 +38,7 @@ def sample(
     steps: int,
     sampler: str = "ddim",
     timestep_spacing: str | None = None,
+    dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
     """Integrates the probability flow from noise to x0, calling the network `steps` times.
 
@@ -45,7 +47,8 @@ def sample(
     al., 2021, equation 12) or "dpm" (DPM-Solver++, Lu et al., 2022, algorithm 2). `timestep_spacing` None
     is the schedule's own or, where that is None too, what diffusers defaults to: "leading" for DDIM,
     "linspace" for DPM-Solver++.
-    Pure: `steps`, `sampler` and `timestep_spacing` are static, the rest may be traced.
+    `dtype` is that of the network's arithmetic.
+    Pure: `steps`, `sampler`, `timestep_spacing` and `dtype` are static, the rest may be traced.
     Raises InputError for steps that the schedule cannot give, TypeError for arrays that are not float32.
     """
     if sampler not in SAMPLERS:
@@ -63,11 +66,24 @@ def sample(
         x, x0_before = carry
         timestep, keep, data, previous = row
         t = jnp.full(x.shape[:1], timestep, jnp.int32)
-        x0 = to_x0(schedule, denoise(x, t), x, t)
+        seen = rounded(x, dtype)
+        x0 = to_x0(schedule, denoise(seen, t), seen, t)
         return (keep * x + data * x0 + previous * x0_before, x0), None
 
     (x, _), _ = jax.lax.scan(step, (noise, jnp.zeros_like(noise)), (jnp.asarray(timesteps), *table))
     return x
+
+
+def one_step(
+    denoise: Denoise, schedule: Schedule, noise: jax.Array, dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
+    """Returns the x0 that the network predicts from noise at the last timestep, float32 [B, ...].
+
+    `denoise`, noise and `dtype` are as for `sample`.
+    """
+    noise = rounded(noise, dtype)
+    t = jnp.full(noise.shape[:1], schedule.num_timesteps - 1, jnp.int32)
+    return to_x0(schedule, denoise(noise, t), noise, t)
 
 
 def guided(

@@ -236,6 +236,16 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
     )
 
 
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns float32 x as a network of that dtype sees it, in float32.
+
+    What the network is given and what its output is converted with must be the same: at the last timestep a
+    difference of one rounding is divided by a_t. Not a cast there and back, which XLA may leave out.
+    """
+    kept = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kept.nexp, kept.nmant) if dtype != jnp.float32 else x
+
+
 def add_noise(schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
     """Returns x_t = a_t x0 + s_t noise (Ho et al., 2020, equation 4).
 

@@ -1,4 +1,4 @@
-"""One step of training: the stages composed, both updates, and the guard against what is not finite."""
+"""One step of training: the stages composed, every player's update, and the guard against what is not finite."""
 
 import dataclasses
 import functools
@@ -11,47 +11,39 @@ import optax
 
 from sbv2_jax.devices.programs import ANYWHERE, INLINE, Placement, Programs
 from sbv2_jax.distill.ema import ema_decay
-from sbv2_jax.distill.state import Frozen, TrainState
-from sbv2_jax.distill.steps import (
+from sbv2_jax.distill.gradients import (
     Batch,
     Conditions,
     Metrics,
-    Models,
-    Objective,
-    ScoreNoise,
     StudentNoise,
-    draw,
     encode,
-    score_gradient,
+    follower_gradient,
+    random_numbers,
     student_gradient,
 )
+from sbv2_jax.distill.method import Method
+from sbv2_jax.distill.player import Player
+from sbv2_jax.distill.state import Frozen, PlayerState, TrainState
+from sbv2_jax.models.conditions import Text
 from sbv2_jax.tree import Params, lerp
 
 TrainStep = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(
-    models: Models,
-    objective: Objective,
-    student_optimizer: optax.GradientTransformation,
-    score_optimizer: optax.GradientTransformation,
-    place: Placement = ANYWHERE,
-    programs: Programs = INLINE,
-) -> TrainStep:
+def make_train_step(method: Method, place: Placement = ANYWHERE, programs: Programs = INLINE) -> TrainStep:
     """Returns `train_step(state, frozen, batch) -> (state, metrics)`; inline it is pure, to be jitted.
 
-    Where a loss or a gradient is not finite, nothing but the step count changes and the metric `skipped` is 1.
+    The student is updated by the gradient of its terms, then each follower on the student's samples. Where a
+    loss or a gradient is not finite, nothing but the step count changes and the metric `skipped` is 1.
     Every metric is a float32 scalar.
     """
-    gradients = {"programs": programs, "place": place}
 
     def begin(key: jax.Array, step: jax.Array, frozen: Frozen, batch: Batch):
-        count = batch.input_ids.shape[0]
-        noise = draw(objective, key, step, count, models.score_schedule.num_timesteps)
-        return encode(models, objective, frozen, batch), *noise
+        noise = random_numbers(method, key, step, batch["input_ids"].shape[0])
+        return encode(method, frozen, batch), *noise
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        conditions, student_noise, score_noise = programs.run(
+        conditions, student_noise, noise = programs.run(
             "begin",
             begin,
             state.key,
@@ -62,39 +54,25 @@ def make_train_step(
         )
 
         def student_pass(conditions: Conditions, noise: StudentNoise):
-            grads, x, metrics = student_gradient(
-                models, objective, state, frozen, conditions, noise, **gradients
-            )
+            grads, x, metrics = student_gradient(method, state, frozen, conditions, noise, programs, place)
             return (grads, metrics), x
 
         (grads, metrics), x = programs.average(
-            "student", student_pass, objective.accumulate, (conditions, student_noise)
+            "student", student_pass, method.accumulate, (conditions, student_noise)
         )
-
-        def score_update(carry: tuple[Params, Any], noise: ScoreNoise):
-            score, score_opt = carry
-
-            def score_pass(x: jax.Array, text: Any, noise: ScoreNoise):
-                return score_gradient(models, objective, score, frozen, x, text, noise, **gradients), ()
-
-            (grads, metrics), _ = programs.average(
-                "score", score_pass, objective.accumulate, (x, conditions.text, noise)
+        followers, others = {}, {}
+        for player in method.followers:
+            followers[player.name], found = _followed(
+                player,
+                state.players[player.name],
+                *(frozen, x, conditions.text, noise[player.name]),
+                *(method.accumulate, programs, place),
             )
-            score, score_opt, norm = programs.run(
-                "score update",
-                functools.partial(_updated, score_optimizer),
-                *(grads, score_opt, score),
-                out=(place.score, place.score_opt, place.whole),
-            )
-            return (score, score_opt), metrics | {"grad_norm/score": norm}
-
-        (score, score_opt), score_metrics = programs.fold(
-            "score updates", score_update, (state.score, state.score_opt), score_noise
-        )
+            others |= found
         return programs.run(
             "update",
-            functools.partial(_finish, objective, student_optimizer),
-            *(state, grads, score, score_opt, x, metrics, score_metrics),
+            functools.partial(_finish, method),
+            *(state, grads, followers, x, metrics, others),
             out=(place.state, place.whole),
             donate=(0,),
         )
@@ -102,30 +80,55 @@ def make_train_step(
     return train_step
 
 
+def _followed(
+    player: Player,
+    state: PlayerState,
+    frozen: Frozen,
+    x: jax.Array,
+    text: Text,
+    noise: Any,
+    accumulate: int,
+    programs: Programs,
+    place: Placement,
+) -> tuple[PlayerState, Metrics]:
+    """Returns a follower after all of its updates in one step, and the metrics of each update."""
+
+    def update(state: PlayerState, noise: Any):
+        def one_pass(x: jax.Array, text: Text, noise: Any):
+            return follower_gradient(player, state.params, frozen, x, text, noise, programs, place), ()
+
+        (grads, metrics), _ = programs.average(player.name, one_pass, accumulate, (x, text, noise))
+        state, norm = programs.run(
+            f"{player.name} update",
+            functools.partial(_updated, player.optimizer),
+            *(grads, state),
+            out=(place.player(player.name), place.whole),
+        )
+        return state, metrics | {f"grad_norm/{player.name}": norm}
+
+    return programs.fold(f"{player.name} updates", update, state, noise)
+
+
 def _finish(
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
+    method: Method,
     state: TrainState,
     grads: Params,
-    score: Params,
-    score_opt: optax.OptState,
+    followers: dict[str, PlayerState],
     x: jax.Array,
     metrics: Metrics,
-    score_metrics: Metrics,
+    others: Metrics,
 ) -> tuple[TrainState, Metrics]:
-    """Updates the student and takes over the new score model, if every number of the step is finite."""
-    student, student_opt, norm = _updated(optimizer, grads, state.student_opt, state.student)
-    metrics = metrics | jax.tree.map(jnp.mean, score_metrics)
-    metrics |= {"grad_norm/student": norm, "latents/std": jnp.std(x)}
+    """Updates the student and takes over the new followers, if every number of the step is finite."""
+    name = method.student.name
+    student, norm = _updated(method.student.optimizer, grads, state.players[name])
+    metrics = metrics | jax.tree.map(jnp.mean, others)
+    metrics |= {f"grad_norm/{name}": norm, "latents/std": jnp.std(x)}
     finite = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
-    new = TrainState(
-        step=state.step,
-        key=state.key,
-        student=student,
-        student_opt=student_opt,
-        ema=lerp(state.ema, student, ema_decay(objective.ema, state.step)) if state.ema else {},
-        score=score,
-        score_opt=score_opt,
+    players = {name: student, **followers}
+    new = dataclasses.replace(
+        state,
+        players={name: players[name] for name in state.players},
+        ema=lerp(state.ema, student.params, ema_decay(method.ema, state.step)) if state.ema else {},
     )
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
@@ -133,8 +136,8 @@ def _finish(
 
 
 def _updated(
-    optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params
-) -> tuple[Params, optax.OptState, jax.Array]:
+    optimizer: optax.GradientTransformation, grads: Params, state: PlayerState
+) -> tuple[PlayerState, jax.Array]:
     """Returns the new parameters and optimizer state, and the norm of the gradient."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+    updates, opt = optimizer.update(grads, state.opt, state.params)
+    return PlayerState(optax.apply_updates(state.params, updates), opt), optax.global_norm(grads)

@@ -14,9 +14,10 @@ import numpy as np
 from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline, save_pipeline
 from sbv2_jax.diffusion import samplers
-from sbv2_jax.diffusion.schedule import Schedule, is_guided, make_schedule, to_x0
+from sbv2_jax.diffusion.schedule import Schedule, is_guided, make_schedule
+from sbv2_jax.distill.student import rollout
 from sbv2_jax.errors import InputError
-from sbv2_jax.models.conditions import Text, TextEncoder, join, like, split
+from sbv2_jax.models.conditions import Text, TextEncoder, join_towers, like, split_towers
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
@@ -38,7 +39,7 @@ class Generator:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GeneratorParams:
-    """The parameters of a `Generator`; those of several text towers are in one dictionary (`conditions.join`)."""
+    """The parameters of a `Generator`; those of all text towers in one dictionary (`conditions.join_towers`)."""
 
     unet: Params
     text_encoder: Params
@@ -71,15 +72,19 @@ def generate(
 
     encoder, latent_shape = generator.text_encoder, noise.shape[1:]
     text = cast(encoder.apply(params.text_encoder, input_ids, latent_shape), dtype)
+    if steps == 1 and not is_guided(guidance):
+        latents = rollout(generator.unet, generator.schedule, params.unet, noise, text, dtype=dtype)
+        return decode(generator, params.vae, latents)
     null = text
     if is_guided(guidance):
         null = like(cast(encoder.null(params.text_encoder, null_ids, latent_shape), dtype), text)
     denoise = samplers.guided(predict, text, null, guidance)
     if steps == 1:
-        t = jnp.full(noise.shape[:1], generator.schedule.num_timesteps - 1, jnp.int32)
-        latents = to_x0(generator.schedule, denoise(noise, t), noise, t)
+        latents = samplers.one_step(denoise, generator.schedule, noise, dtype)
     else:
-        latents = samplers.sample(denoise, generator.schedule, noise, steps=steps, sampler=sampler)
+        latents = samplers.sample(
+            denoise, generator.schedule, noise, steps=steps, sampler=sampler, dtype=dtype
+        )
     return decode(generator, params.vae, latents)
 
 
@@ -155,7 +160,7 @@ class Pipeline:
         Raises InputError for a directory that
         is not empty or cannot be written, and for weights that do not fit; nothing is written then.
         """
-        towers = split(self.params.text_encoder, self.parts.text_encoders)
+        towers = split_towers(self.params.text_encoder, self.parts.text_encoders)
         networks = {
             name: Component(self.parts.configs[name], jax.device_get(params))
             for name, params in {"unet": self.params.unet, "vae": self.params.vae, **towers}.items()
@@ -230,7 +235,7 @@ def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
     # Not the cached parts: they would stay on the host as well.
     params = GeneratorParams(
         unet=jax.device_put(parts.component("unet").params),
-        text_encoder=join(
+        text_encoder=join_towers(
             {name: jax.device_put(parts.component(name).params) for name in parts.text_encoders}
         ),
         vae=jax.device_put(parts.component("vae", dtype=vae_dtype).params),

@@ -44,8 +44,8 @@ class TextEncoder:
 
     @functools.cached_property
     def shapes(self) -> Shapes:
-        """The abstract parameters of all towers, named as `join` names them."""
-        return join({name: tower.shapes for name, tower in self.towers.items()})
+        """The abstract parameters of all towers, named as `join_towers` names them."""
+        return join_towers({name: tower.shapes for name, tower in self.towers.items()})
 
     def apply(self, params: Params, input_ids: jax.Array, latent_shape: tuple[int, ...]) -> Text:
         """Returns the conditions of prompts: token ids [B, S], or [B, 2, S] for two towers.
@@ -55,7 +55,7 @@ class TextEncoder:
         if len(self.towers) == 1:
             (tower,) = self.towers.values()
             return Text(tower.apply(params, input_ids).last_hidden_state)
-        parts = split(params, self.towers)
+        parts = split_towers(params, self.towers)
         outputs = [
             tower.apply(parts[name], input_ids[:, i], output_hidden_states=True)
             for i, (name, tower) in enumerate(self.towers.items())
@@ -82,15 +82,15 @@ def like(null: Text, text: Text) -> Text:
     return jax.tree.map(lambda one, rows: jnp.broadcast_to(one, rows.shape), null, text)
 
 
-def join(towers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def join_towers(towers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the leaves of all towers in one dictionary: one tower's own names, several behind their folders'."""
     if len(towers) == 1:
         return dict(*towers.values())
     return {f"{tower}.{name}": leaf for tower, leaves in towers.items() for name, leaf in leaves.items()}
 
 
-def split(leaves: Mapping[str, Any], towers: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns what `join` joined, by tower."""
+def split_towers(leaves: Mapping[str, Any], towers: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns what `join_towers` joined, by tower."""
     towers = list(towers)
     if len(towers) == 1:
         return {towers[0]: dict(leaves)}

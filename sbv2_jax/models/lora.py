@@ -42,8 +42,8 @@ def is_lora(name: str) -> bool:
     return _INFIX in name
 
 
-def split(params: Params | Shapes) -> tuple[Params | Shapes, Params | Shapes]:
-    """Splits parameters into those of the base and those of its LoRA."""
+def base_and_factors(params: Params | Shapes) -> tuple[Params | Shapes, Params | Shapes]:
+    """Returns the parameters of the base and, apart from them, the factors of its LoRA."""
     base = {name: leaf for name, leaf in params.items() if not is_lora(name)}
     return base, {name: leaf for name, leaf in params.items() if is_lora(name)}
 

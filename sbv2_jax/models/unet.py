@@ -341,7 +341,7 @@ class UNet2DConditionModel(Module):
         context: jax.Array,
         added: AddedConditions | None = None,
     ) -> jax.Array:
-        """Returns the network's output [B, h, w, out_channels], in the dtype of the latents.
+        """Returns the network's output, float32 [B, h, w, out_channels], whatever the dtype of the latents.
 
         latents [B, h, w, in_channels], timesteps [B], context [B, S, cross_attention_dim] from the text
         encoder; `added` only, and then always, for SDXL. Raises ValueError where h or w is not a multiple of
@@ -360,7 +360,9 @@ class UNet2DConditionModel(Module):
             x = self.mid_block(x, emb, context)
         for block in self.up_blocks:
             x, skips = block(x, skips, emb, context)
-        return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))
+        x = ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x))
+        # In float32, to the last bit: what is rounded here is divided by a_t, 0.07 at the last timestep.
+        return self.conv_out(x.astype(jnp.float32))
 
     def _embed(self, timesteps: jax.Array, added: AddedConditions | None, dtype: jnp.dtype) -> jax.Array:
         config = self.config

@@ -126,7 +126,7 @@ def compile_for(config: ConfigDict, topology: str, *, workers: int = 1, effort: 
 
 def step_flops(config: ConfigDict, run: Run) -> float:
     """Returns the model FLOPs of one step, recomputation included."""
-    step = make_train_step(run.models, run.objective, run.student_optimizer, run.score_optimizer)
+    step = make_train_step(run.method)
     batch = abstract_batch(config.batch_size, run)
     return count_flops(step, run.state_shapes, run.frozen_shapes, batch)
 
@@ -138,17 +138,17 @@ def _compile_generate(run: Run, layout: Layout, programs: Recorded) -> Program:
     def sharded(shapes: Shapes) -> Shapes:
         placed = shardings(shapes, layout.mesh)
         return {
-            name: jax.ShapeDtypeStruct(leaf.shape, run.objective.compute_dtype, sharding=placed[name])
+            name: jax.ShapeDtypeStruct(leaf.shape, run.compute_dtype, sharding=placed[name])
             for name, leaf in shapes.items()
         }
 
     params = GeneratorParams(
-        sharded(generator.unet.shapes), frozen.text_encoder, sharded(generator.vae.shapes)
+        sharded(generator.unet.shapes), frozen["text_encoder"], sharded(generator.vae.shapes)
     )
     count = layout.mesh.size
-    ids = abstract_batch(count, run, batch).input_ids
+    ids = abstract_batch(count, run, batch)["input_ids"]
     null_ids = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype, sharding=whole)
-    noise = jax.ShapeDtypeStruct((count, *run.objective.latent_shape), jnp.float32, sharding=batch)
+    noise = jax.ShapeDtypeStruct((count, *run.method.latent_shape), jnp.float32, sharding=batch)
     programs.run(
         "generate", functools.partial(inference.generate, generator), params, ids, null_ids, noise, out=batch
     )

@@ -9,9 +9,8 @@ from sbv2_jax.convert.lora.files import layers_of, read_lora
 from sbv2_jax.distill.state import Frozen, TrainState, init_state
 from sbv2_jax.errors import InputError
 from sbv2_jax.models import lora
-from sbv2_jax.models.conditions import join
+from sbv2_jax.models.conditions import join_towers
 from sbv2_jax.run.build import Run
-from sbv2_jax.run.components import Part
 from sbv2_jax.tree import Params, require_same
 
 
@@ -20,30 +19,22 @@ def load_frozen(run: Run, null_ids: np.ndarray, placement: Frozen) -> Frozen:
 
     `null_ids`, [S] or [2, S], is the empty prompt for the text encoder.
     """
-    dtype = run.objective.compute_dtype
-
-    def weights(part: Part | None, shardings: dict[str, jax.sharding.Sharding]) -> Params:
-        return {} if part is None else place(load_component(part.directory, dtype=dtype).params, shardings)
-
+    dtype, method = run.compute_dtype, run.method
+    frozen = {
+        name: place(load_component(part.directory, dtype=dtype).params, placement[name])
+        for name, part in run.frozen_parts.items()
+    }
     towers = {
         name: load_component(part.directory, dtype=dtype).params
         for name, part in run.parts.text_encoders.items()
     }
-    text_encoder = place(join(towers), placement.text_encoder)
+    frozen["text_encoder"] = place(join_towers(towers), placement["text_encoder"])
     encode_null = jax.jit(
-        lambda params: run.models.text_encoder.null(
-            params, jnp.asarray(null_ids), run.objective.latent_shape
-        ),
-        out_shardings=placement.null_text,
+        lambda params: method.text_encoder.null(params, jnp.asarray(null_ids), method.latent_shape),
+        out_shardings=placement["null_text"],
     )
-    return Frozen(
-        teacher=weights(run.parts.teacher, placement.teacher),
-        student=weights(run.parts.student, placement.student) if run.lora_student else {},
-        text_encoder=text_encoder,
-        null_text=encode_null(text_encoder),
-        decoder=weights(run.parts.decoder, placement.decoder),
-        clip=weights(run.parts.clip, placement.clip),
-    )
+    frozen["null_text"] = encode_null(frozen["text_encoder"])
+    return frozen
 
 
 def read_start(run: Run, file: str) -> dict[str, np.ndarray]:
@@ -53,8 +44,8 @@ def read_start(run: Run, file: str) -> dict[str, np.ndarray]:
     the factors `up`. Raises InputError as `read_lora` does, for variants of LoRA, and, listing every difference, for
     other layers or another rank than the run's.
     """
-    shapes, scale = run.state_shapes.student, run.objective.student_lora_scale
-    start = read_lora(file, layers=layers_of(run.frozen_shapes.student))
+    shapes, scale = run.state_shapes.student, run.method.student.lora_scale
+    start = read_lora(file, layers=layers_of(run.frozen_shapes["student"]))
     if not start.plain:
         raise InputError(
             f"{file} is a variant of LoRA (LoCon, LoHa, LoKr or DoRA): a student's is a plain one"
@@ -68,23 +59,24 @@ def read_start(run: Run, file: str) -> dict[str, np.ndarray]:
 
 
 def load_state(run: Run, placement: TrainState, start: dict[str, np.ndarray] | None = None) -> TrainState:
-    """Makes the state at step 0: float32 masters of the student's weights, or its LoRA, and the score's LoRA.
+    """Makes the state at step 0: float32 masters of each player's weights, or of its LoRA.
 
     `start` holds the factors that the student's LoRA starts from, in place of new ones.
     """
-    score = place(lora.split(run.models.score.init(run.seed))[1], placement.score)
-    if run.lora_student:
-        student = start or lora.split(run.models.student.init(run.seed + 1))[1]
-    else:
-        student = load_component(run.parts.student.directory, dtype=jnp.float32).params
-    student = place(student, placement.student)
+    params = {}
+    for name, player in run.method.players.items():
+        if start and player is run.method.student:
+            weights = start
+        elif player.base is None:
+            weights = load_component(player.part.directory, dtype=jnp.float32).params
+        else:
+            weights = lora.base_and_factors(player.network.init(run.seed + player.seed_offset))[1]
+        params[name] = place(weights, placement.players[name].params)
     initialise = jax.jit(
-        lambda student, score: init_state(
-            run.seed, student, score, run.student_optimizer, run.score_optimizer, run.objective.ema > 0
-        ),
+        lambda params: init_state(run.seed, params, run.method.optimizers, run.method.ema > 0),
         out_shardings=placement,
     )
-    return initialise(student, score)
+    return initialise(params)
 
 
 def place(arrays: dict[str, np.ndarray], shardings: dict[str, jax.sharding.Sharding]) -> Params:

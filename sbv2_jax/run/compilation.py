@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from sbv2_jax.devices.programs import Separate
 from sbv2_jax.devices.sharding import Layout, batch_sharding, make_mesh
-from sbv2_jax.distill.steps import Batch
+from sbv2_jax.distill.gradients import Batch
 from sbv2_jax.distill.train_step import TrainStep, make_train_step
 from sbv2_jax.models import attention
 from sbv2_jax.run.build import DTYPES, Run, assemble
@@ -47,10 +47,7 @@ def compile_step(
     programs = programs or Separate(WORKERS)
     make = functools.partial(
         make_train_step,
-        run.models,
-        run.objective,
-        run.student_optimizer,
-        run.score_optimizer,
+        run.method,
         layout.placement,
     )
     if config.programs == "one":
@@ -71,7 +68,9 @@ def abstract_batch(size: int, run: Run, sharding: NamedSharding | None = None) -
     def ids(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *shape), jnp.int32, sharding=sharding)
 
-    towers, clip = run.parts.text_encoders, run.parts.clip
+    towers = run.parts.text_encoders
     length = run.parts.prompt_length
-    text = ids(length) if len(towers) == 1 else ids(len(towers), length)
-    return Batch(text, None if clip is None else ids(run.parts.clip_prompt_length))
+    columns = {"input_ids": ids(length) if len(towers) == 1 else ids(len(towers), length)}
+    for column, clip in run.method.columns.items():
+        columns[column] = ids(run.parts.term_prompt_length(clip))
+    return columns

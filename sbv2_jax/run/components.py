@@ -12,12 +12,13 @@ from sbv2_jax.convert.formats.published_shapes import family_of_config
 from sbv2_jax.convert.formats.resolve import is_single_file, resolve
 from sbv2_jax.convert.formats.single_file import directory_of
 from sbv2_jax.diffusion.schedule import ScheduleConfig
+from sbv2_jax.distill.terms.term import Source, needed_sources, term_classes
 from sbv2_jax.errors import InputError
 from sbv2_jax.models import published
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.conditions import TOWERS
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.part import Part
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.tiny_vae import TinyVAEConfig
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair, load_fitting
@@ -26,20 +27,13 @@ from sbv2_jax.models.vae import VAEConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """One component: its configuration, and the directory of its weights (None for a published shape)."""
-
-    config: ModelConfig
-    directory: Path | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
     """The components of a run, as their files describe them.
 
-    `text_encoder_2` only for SDXL, and `zero_null` whether its null condition is zeros; `decoder` and `clip` only
-    with the CLIP loss. `tokenizer` is that of the text encoders, `clip_tokenizer` that of the loss's CLIP, which may be
-    the same; published shapes have none.
+    `text_encoder_2` only for SDXL, and `zero_null` whether its null condition is zeros; `networks` are the frozen
+    networks that the terms of the objective need, by the names that they have for them. `tokenizer` is that of the
+    text encoders, `term_tokenizers` those of the CLIPs among `networks`, which may be the same; published shapes have
+    none.
     """
 
     teacher: Part
@@ -50,12 +44,10 @@ class Parts:
     text_encoder_2: Part | None = None
     zero_null: bool = False
     vae: Part
-    decoder: Part | None
-    clip: Part | None
-    clip_image: CLIPImageConfig | None
+    networks: dict[str, Part] = dataclasses.field(default_factory=dict)
     pipeline: Path | None
     tokenizer: Tokenizer | TokenizerPair | None = None
-    clip_tokenizer: Tokenizer | None = None
+    term_tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
 
     @property
     def prompt_length(self) -> int:
@@ -64,12 +56,11 @@ class Parts:
             return self.tokenizer.max_length
         return self.text_encoder.config.max_position_embeddings
 
-    @property
-    def clip_prompt_length(self) -> int:
-        """The tokens of a prompt for the loss's CLIP."""
-        if self.clip_tokenizer is not None:
-            return self.clip_tokenizer.max_length
-        return self.clip.config.text_config.max_position_embeddings
+    def term_prompt_length(self, clip: str) -> int:
+        """Returns the tokens of a prompt for a CLIP among `networks`."""
+        if clip in self.term_tokenizers:
+            return self.term_tokenizers[clip].max_length
+        return self.networks[clip].config.text_config.max_position_embeddings
 
     @property
     def text_encoders(self) -> dict[str, Part]:
@@ -93,12 +84,7 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
     student, student_schedule = teacher, pipeline.schedule_config
     if config.student.init != "teacher":
         student, student_schedule = _student(config.student.init, teacher.config, pipeline.schedule_config)
-    clip = clip_image = clip_tokenizer = decoder = None
-    if config.clip.model:
-        clip = _part(component_dir(resolve(config.clip.model), "clip"))
-        clip_image = _clip_image(clip)
-        clip_tokenizer = _clip_tokenizer(clip, pipeline)
-        decoder = _decoder(config.clip.decoder, pipeline)
+    networks = {name: _network(source, pipeline) for name, source in _sources(config).items()}
     return Parts(
         teacher=teacher,
         teacher_schedule=pipeline.schedule_config,
@@ -107,29 +93,33 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
         **{name: _part(pipeline.component_dir(name)) for name in pipeline.text_encoders},
         zero_null=pipeline.zero_null,
         vae=_part(pipeline.component_dir("vae")),
-        decoder=decoder,
-        clip=clip,
-        clip_image=clip_image,
+        networks=networks,
         pipeline=pipeline.directory,
         tokenizer=pipeline.tokenizer,
-        clip_tokenizer=clip_tokenizer,
+        term_tokenizers={
+            name: _clip_tokenizer(part, pipeline)
+            for name, part in networks.items()
+            if isinstance(part.config, CLIPConfig)
+        },
     )
 
 
 def latent_side(config: ConfigDict, parts: Parts) -> int:
     """Returns the height and width of the latents that a run trains with.
 
-    Raises InputError for a resolution that the autoencoder does not divide, and where neither the configuration
-    nor the teacher's UNet says one.
+    Raises InputError for a resolution that the autoencoder or the teacher's UNet does not divide, and where
+    neither the configuration nor that UNet says one.
     """
-    if not config.resolution:
-        if parts.teacher.config.sample_size is None:
-            raise InputError(f"{parts.teacher.directory} does not say its sample_size: set config.resolution")
-        return parts.teacher.config.sample_size
-    factor = parts.vae.config.downsampling
-    if config.resolution % factor:
-        raise InputError(f"config.resolution = {config.resolution} is not a multiple of the VAE's {factor}")
-    return config.resolution // factor
+    unet, pixels = parts.teacher.config, parts.vae.config.downsampling
+    if config.resolution % pixels:
+        raise InputError(f"config.resolution = {config.resolution} is not a multiple of the VAE's {pixels}")
+    side = config.resolution // pixels or unet.sample_size
+    if side is None:
+        raise InputError(f"{parts.teacher.directory} does not say its sample_size: set config.resolution")
+    factor = 2 ** (len(unet.block_out_channels) - 1)
+    if side % factor:
+        raise InputError(f"config.resolution: latents of {side} x {side} are not a multiple of {factor}")
+    return side
 
 
 def _part(directory: Path) -> Part:
@@ -146,10 +136,30 @@ def _student(
     return part, teacher_schedule if part.directory == directory else read_schedule(directory)
 
 
-def _decoder(reference: str, pipeline: PipelineParts) -> Part:
-    if reference in ("vae", "vae_tiny"):
-        return _part(pipeline.component_dir(reference))
-    return _part(component_dir(resolve(reference), "vae_tiny"))
+def _sources(config: ConfigDict) -> dict[str, Source]:
+    return needed_sources(config, term_classes(config))
+
+
+def _network(source: Source, pipeline: PipelineParts) -> Part:
+    if source.reference in ("vae", "vae_tiny"):
+        return _part(pipeline.component_dir(source.reference))
+    part = _part(component_dir(resolve(source.reference), source.folder))
+    if isinstance(part.config, CLIPConfig):
+        part = dataclasses.replace(part, image=_clip_image(part))
+    return part
+
+
+def _published_network(source: Source, vae: Part) -> Part:
+    if source.folder == "clip":
+        clip = CLIPConfig.from_dict(published.CLIP_VIT_B32)
+        return Part(config=clip, directory=None, image=CLIPImageConfig())
+    if source.folder == "vae" or source.reference == "vae":
+        return vae
+    if source.folder == "vae_tiny":
+        return Part(config=TinyVAEConfig.from_dict(published.TINY_VAE), directory=None)
+    raise InputError(
+        f"{source.field} = {source.reference!r} has no published shapes: a dry run needs its directory"
+    )
 
 
 def _clip_image(clip: Part) -> CLIPImageConfig:
@@ -180,12 +190,6 @@ def _published_parts(config: ConfigDict) -> Parts:
     unet = Part(config=UNetConfig.from_dict(shapes["unet"]), directory=None)
     vae = Part(config=VAEConfig.from_dict(shapes["vae"]), directory=None)
     schedule = ScheduleConfig.from_dict(shapes["scheduler"])
-    clip = clip_image = decoder = None
-    if config.clip.model:
-        clip = Part(config=CLIPConfig.from_dict(published.CLIP_VIT_B32), directory=None)
-        clip_image = CLIPImageConfig()
-        tiny = Part(config=TinyVAEConfig.from_dict(published.TINY_VAE), directory=None)
-        decoder = vae if config.clip.decoder == "vae" else tiny
     return Parts(
         teacher=unet,
         teacher_schedule=schedule,
@@ -197,9 +201,7 @@ def _published_parts(config: ConfigDict) -> Parts:
             if name in shapes
         },
         vae=vae,
-        decoder=decoder,
-        clip=clip,
-        clip_image=clip_image,
+        networks={name: _published_network(source, vae) for name, source in _sources(config).items()},
         pipeline=None,
     )
 

@@ -144,7 +144,7 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
         f"config.clip.weight = {clip.weight:g} needs a config.clip.model",
     )
     yield (
-        vsd.weight == 0 and clip.weight == 0,
+        vsd.weight == 0 and clip.weight == 0 and set(config.terms) <= {"vsd", "clip"},
         "config.vsd.weight and config.clip.weight are both 0: nothing trains the student",
     )
     yield (

@@ -37,6 +37,12 @@ FIELDS: dict[str, Field] = {
         text(empty=True),
         'The column or key of the prompts; "" is the one with a usual name, such as caption.',
     ),
+    "terms": Field(
+        ("vsd", "clip"),
+        strings,
+        'The student\'s objective: "vsd", "clip" (where clip.model names one), and any of yours, as '
+        '"package.module:Class" or "path/file.py:Class" (docs/extending.md).',
+    ),
     "student.init": Field(
         "teacher", text(), '"teacher", or where its UNet comes from: as for `teacher`, such as SD-Turbo.'
     ),

@@ -22,22 +22,18 @@ def dry_run(config: ConfigDict, run: Run) -> str:
         f"mesh: {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} = {mesh.size} devices, "
         f"batch {config.batch_size} in {config.accumulate} part(s), "
         f"{config.batch_size // (config.accumulate * mesh.size)} image(s) a device at a time",
-        f"latents: {' x '.join(map(str, run.objective.latent_shape))}, networks in {config.precision}",
+        f"latents: {' x '.join(map(str, run.method.latent_shape))}, networks in {config.precision}",
         "",
         f"{'':<24}{'parameters':>16}{'GiB':>10}{'GiB a device':>14}",
     ]
-    parts = {
-        "student, trained": (state.student, layout.state.student),
-        "student, optimizer": (state.student_opt, layout.state.student_opt),
-        "student, EMA": (state.ema, layout.state.ema),
-        "score LoRA": (state.score, layout.state.score),
-        "score LoRA, optimizer": (state.score_opt, layout.state.score_opt),
-        "teacher, frozen": (frozen.teacher, layout.frozen.teacher),
-        "student base, frozen": (frozen.student, layout.frozen.student),
-        "text encoder, frozen": (frozen.text_encoder, layout.frozen.text_encoder),
-        "decoder, frozen": (frozen.decoder, layout.frozen.decoder),
-        "CLIP, frozen": (frozen.clip, layout.frozen.clip),
-    }
+    parts = {}
+    for name, player in state.players.items():
+        placed = layout.state.players[name]
+        parts[f"{name}, trained"] = (player.params, placed.params)
+        parts[f"{name}, optimizer"] = (player.opt, placed.opt)
+    parts["student, EMA"] = (state.ema, layout.state.ema)
+    for name, tree in frozen.items():
+        parts[f"{name}, frozen"] = (tree, layout.frozen[name])
     total = 0
     for name, (tree, placed) in parts.items():
         if not jax.tree.leaves(tree):

@@ -43,13 +43,12 @@ def export_student(run: Run, state: TrainState, directory: Path) -> None:
 def _write_student(run: Run, trained: dict[str, np.ndarray], directory: Path) -> None:
     scratch = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
-    objective = run.objective
     student = model_of(
         str(directory),
         trained,
         run.parts,
-        lora_scale=objective.student_lora_scale,
-        side=objective.latent_shape[0],
+        lora_scale=run.method.student.lora_scale,
+        side=run.method.latent_shape[0],
     )
     save_model(scratch, student)
     shutil.rmtree(directory, ignore_errors=True)

@@ -19,8 +19,8 @@ from sbv2_jax.data.prompts import PromptSource, describe_cut, notes_of, open_pro
 from sbv2_jax.devices import processes
 from sbv2_jax.devices.cache import use_cache
 from sbv2_jax.devices.sharding import Layout, batch_sharding
+from sbv2_jax.distill.gradients import Batch
 from sbv2_jax.distill.state import Frozen, TrainState
-from sbv2_jax.distill.steps import Batch
 from sbv2_jax.distill.train_step import TrainStep
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
@@ -77,7 +77,7 @@ class Ready:
 
     run: Run
     mesh: jax.sharding.Mesh
-    tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None]
+    tokenizers: dict[str, Tokenizer | TokenizerPair]
     checkpoints: Checkpoints
     first: int
     state: TrainState
@@ -101,7 +101,7 @@ def make_ready(
     processes.require_same("the content of the models", json.dumps(sources))
     if not isinstance(force, bool):
         check_forced(force, config, sources)
-    frozen = load_frozen(run, tokenizers[0].encode([""])[0], layout.frozen)
+    frozen = load_frozen(run, tokenizers["input_ids"].encode([""])[0], layout.frozen)
     with processes.together():
         checkpoints = Checkpoints(
             workdir / "checkpoints",
@@ -123,7 +123,7 @@ def make_ready(
             write_config(workdir / "config.json", config)
     grid = None
     if config.sample.every:
-        grid = ProgressGrid(run, frozen, tokenizers[0], tuple(config.sample.prompts), layout.mesh)
+        grid = ProgressGrid(run, frozen, tokenizers["input_ids"], tuple(config.sample.prompts), layout.mesh)
         if not restored:
             grid.draw(state, sample_path(workdir, 0))
     batches = prompt_batches(
@@ -190,7 +190,7 @@ class Prepared(NamedTuple):
     run: Run
     layout: Layout
     source: PromptSource
-    tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None]
+    tokenizers: dict[str, Tokenizer | TokenizerPair]
     start: dict[str, np.ndarray] | None
     files: Files
     sources: dict[str, Source]
@@ -202,10 +202,11 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     for pattern, leaves in layout.matches().items():
         logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)
     source = open_prompts(config.prompts, config.prompts_column)
-    tokenizers = (run.parts.tokenizer, run.parts.clip_tokenizer)
+    tokenizers = {"input_ids": run.parts.tokenizer}
+    tokenizers |= {column: run.parts.term_tokenizers[clip] for column, clip in run.method.columns.items()}
     prompt_batches(source, config.batch_size, config.seed)  # too few prompts are an error here
     if jax.process_index() == 0:
-        for line in (*notes_of(source), *filter(None, [describe_cut(source, tokenizers[0])])):
+        for line in (*notes_of(source), *filter(None, [describe_cut(source, tokenizers["input_ids"])])):
             logging.warning(line)
     start = None
     if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
@@ -226,17 +227,15 @@ def compiled(config: ConfigDict, run: Run, layout: Layout) -> TrainStep:
 
 def next_batch(
     batches: Iterator[list[str]],
-    tokenizers: tuple[Tokenizer | TokenizerPair, Tokenizer | None],
+    tokenizers: dict[str, Tokenizer | TokenizerPair],
     mesh: jax.sharding.Mesh,
 ) -> Batch:
     """Reads and tokenizes this process's next prompts and makes the global, sharded batch of them."""
-    prompts = next(batches)
-
-    def ids(tokenizer: Tokenizer | TokenizerPair) -> jax.Array:
-        return jax.make_array_from_process_local_data(batch_sharding(mesh), tokenizer.encode(prompts))
-
-    text, clip = tokenizers
-    return Batch(ids(text), None if clip is None else ids(clip))
+    prompts, sharding = next(batches), batch_sharding(mesh)
+    return {
+        column: jax.make_array_from_process_local_data(sharding, tokenizer.encode(prompts))
+        for column, tokenizer in tokenizers.items()
+    }
 
 
 def write_config(path: Path, config: ConfigDict) -> None:

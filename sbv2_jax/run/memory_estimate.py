@@ -9,7 +9,8 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from sbv2_jax.devices.sharding import AXES, Layout, bytes_per_device
-from sbv2_jax.distill.steps import generate
+from sbv2_jax.distill.player import Player
+from sbv2_jax.distill.random_numbers import keys_of_step
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.build import Run, assemble
 from sbv2_jax.run.components import Parts
@@ -66,21 +67,28 @@ def device_memory() -> float | None:
 def estimate(config: ConfigDict, run: Run, of_an_image: float, mesh: AbstractMesh) -> float:
     """Returns the bytes on each device: state, frozen networks, gradients, and the activations of one pass.
 
-    It counts the student's backward pass, the largest part of a step; `of_an_image` is from `activations`.
+    It counts the largest of the players' backward passes; `of_an_image` is from `activations`.
     """
     layout = Layout(mesh, config.mesh.rules, run.state_shapes, run.frozen_shapes)
     held = bytes_per_device(run.state_shapes, layout.state) + bytes_per_device(
         run.frozen_shapes, layout.frozen
     )
     # Gradients, and new weights while the old ones are still there.
-    updates = 2 * bytes_per_device(run.state_shapes.student, layout.state.student)
+    updates = 2 * max(
+        bytes_per_device(player.params, layout.state.players[name].params)
+        for name, player in run.state_shapes.players.items()
+    )
     images = config.batch_size / (config.accumulate * mesh.size)
     return held + updates + images * of_an_image
 
 
 def activations(run: Run, *, remat: bool) -> float:
-    """Returns the bytes that the student's backward pass takes for one image: what is kept, and made again."""
-    one, two = (_kept(run, batch) for batch in (1, 2))
+    """Returns the bytes that the largest backward pass takes for one image: what is kept, and made again."""
+    return max(_of_player(run, player, remat) for player in run.method.players.values())
+
+
+def _of_player(run: Run, player: Player, remat: bool) -> float:
+    one, two = (_kept(run, player, batch) for batch in (1, 2))
     # Weights are kept as well, and do not grow with the batch.
     kept = nbytes(two) - nbytes(one)
     again = (
@@ -89,16 +97,18 @@ def activations(run: Run, *, remat: bool) -> float:
     return kept + again
 
 
-def _kept(run: Run, batch: int) -> list[Any]:
-    """Returns the shapes of what the student's forward keeps for its backward pass."""
-    z = jax.ShapeDtypeStruct((batch, *run.objective.latent_shape), "float32")
+def _kept(run: Run, player: Player, batch: int) -> list[Any]:
+    """Returns the shapes of what a player's forward keeps for its backward pass."""
+    x = jax.ShapeDtypeStruct((batch, *run.method.latent_shape), "float32")
     text = jax.tree.map(
-        lambda null: jax.ShapeDtypeStruct((batch, *null.shape), null.dtype), run.frozen_shapes.null_text
+        lambda null: jax.ShapeDtypeStruct((batch, *null.shape), null.dtype), run.frozen_shapes["null_text"]
     )
 
-    def forward(student, frozen, z, text):
-        return jax.vjp(
-            lambda student: generate(run.models, run.objective, student, frozen, z, text), student
-        )[1]
+    def forward(params, frozen, x, text, key):
+        drawn = player.draw(keys_of_step(key, 0)(player.name), batch, run.method.latent_shape)
+        noise = None if player is run.method.student else jax.tree.map(lambda update: update[0], drawn)
+        return jax.vjp(lambda params: player.forward(params, frozen, x, text, noise), params)[1]
 
-    return jax.tree.leaves(jax.eval_shape(forward, run.state_shapes.student, run.frozen_shapes, z, text))
+    shapes = run.state_shapes
+    params = shapes.players[player.name].params
+    return jax.tree.leaves(jax.eval_shape(forward, params, run.frozen_shapes, x, text, shapes.key))

@@ -5,19 +5,24 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from sbv2_jax.diffusion.schedule import add_noise, classifier_free_guidance, to_x0
+from sbv2_jax.diffusion.schedule import add_noise, classifier_free_guidance, rounded, to_x0
+from sbv2_jax.distill.score import Score
 from sbv2_jax.distill.state import Frozen, TrainState
-from sbv2_jax.distill.steps import generate
 from sbv2_jax.generate.inference import decode
 from sbv2_jax.models.conditions import like
 from sbv2_jax.run.build import Run
 from sbv2_jax.run.generators import teacher_of
-from sbv2_jax.tree import Params, cast
+from sbv2_jax.tree import Params
 
 
 def times(run: Run) -> tuple[int, ...]:
-    """Returns the timesteps at which the pictures are predicted: a quarter, half and three quarters of the way."""
-    count = run.models.score_schedule.num_timesteps
+    """Returns the timesteps at which the pictures are predicted: a quarter, half and three quarters of the way.
+
+    None without a score model.
+    """
+    if Score.name not in run.method.players:
+        return ()
+    count = run.method.players[Score.name].schedule.num_timesteps
     return tuple(count * quarter // 4 for quarter in (1, 2, 3))
 
 
@@ -36,21 +41,22 @@ def predicted(
     The student that is trained makes x of z, [B, h, w, C]; `noise` takes it to each timestep of `at`, from where both
     predict x0 with the guidance of the run. One copy of each network is compiled, whatever `at` holds.
     """
-    models, objective, schedule = run.models, run.objective, run.models.score_schedule
-    text = models.text_encoder.apply(frozen.text_encoder, ids, objective.latent_shape)
-    null = like(frozen.null_text, text)
-    x = generate(models, objective, state.student, frozen, z, text)
-    weights = {**frozen.teacher, **cast(state.score, objective.compute_dtype)}
+    method, score = run.method, run.method.players[Score.name]
+    schedule = score.schedule
+    text = method.text_encoder.apply(frozen["text_encoder"], ids, method.latent_shape)
+    null = like(frozen["null_text"], text)
+    x = method.student.forward(state.student, frozen, z, text)
+    weights = score.weights(state.players[Score.name].params, frozen)
 
     def x0(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         timestep, lora_scale, guidance = row
         t = jnp.full(x.shape[:1], timestep, jnp.int32)
-        x_t = add_noise(schedule, x, noise, t)
+        x_t = rounded(add_noise(schedule, x, noise, t), score.compute_dtype)
 
         def output(conditional: jax.Array) -> jax.Array:
             given = jax.tree.map(lambda own, none: jnp.where(conditional, own, none), text, null)
-            return models.score.apply(
-                weights, x_t.astype(objective.compute_dtype), t, *given, lora_scale=lora_scale
+            return score.network.apply(
+                weights, x_t.astype(score.compute_dtype), t, *given, lora_scale=lora_scale
             ).astype(jnp.float32)
 
         unconditional, conditional = jax.lax.map(output, jnp.array([False, True]))
@@ -60,8 +66,8 @@ def predicted(
     rows = [
         (timestep, lora_scale, guidance)
         for lora_scale, guidance in (
-            (0.0, max(1.0, objective.guidance)),  # at 1 the unconditional output does not count
-            (objective.score_lora_scale, max(1.0, objective.score_guidance)),
+            (0.0, max(1.0, run.guidance)),  # at 1 the unconditional output does not count
+            (score.lora_scale, max(1.0, run.score_guidance)),
         )
         for timestep in at
     ]

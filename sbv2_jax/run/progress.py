@@ -45,16 +45,16 @@ class ProgressGrid:
     ):
         self._run, self._frozen, self._prompts = run, frozen, prompts
         self._teacher, self._student = teacher_of(run), student_of(run)
-        host = load_component(run.parts.vae.directory, dtype=run.objective.compute_dtype).params
+        host = load_component(run.parts.vae.directory, dtype=run.compute_dtype).params
         self._vae = place(host, shardings(self._student.vae.shapes, mesh))
         self._ids, self._null_ids = tokenizer.encode(prompts), tokenizer.encode([""])[0]
-        self._noise = np.asarray(initial_noise(run.seed, range(len(prompts)), run.objective.latent_shape))
+        self._noise = np.asarray(initial_noise(run.seed, range(len(prompts)), run.method.latent_shape))
         # Another noise than the student's, whose samples remember their own.
         self._added = np.asarray(
-            initial_noise(run.seed, range(len(prompts), 2 * len(prompts)), run.objective.latent_shape)
+            initial_noise(run.seed, range(len(prompts), 2 * len(prompts)), run.method.latent_shape)
         )
         self._sharding = batch_sharding(mesh)
-        of_a_device = max(1, AT_A_TIME // run.objective.latent_shape[0] ** 2)
+        of_a_device = max(1, AT_A_TIME // run.method.latent_shape[0] ** 2)
         self._at_a_time = mesh.size * min(of_a_device, -(-len(prompts) // mesh.size))
         # Every process has all pictures, whatever devices drew them.
         self._generate = jax.jit(
@@ -62,9 +62,9 @@ class ProgressGrid:
         )
         self._columns = {
             f"teacher, {TEACHER_STEPS} steps": self._pictures(
-                self._teacher, frozen.teacher, steps=TEACHER_STEPS, guidance=run.objective.guidance
+                self._teacher, frozen["teacher"], steps=TEACHER_STEPS, guidance=run.guidance
             ),
-            "teacher, 1 step": self._pictures(self._teacher, frozen.teacher),
+            "teacher, 1 step": self._pictures(self._teacher, frozen["teacher"]),
         }
         self._weights = jax.jit(functools.partial(student_weights, run))
         self._times = times(run)
@@ -75,16 +75,17 @@ class ProgressGrid:
 
     def draw(self, state: TrainState, path: Path) -> None:
         """Writes the grid of this state; the averaged student where the run keeps an average."""
-        weights = self._weights(state.ema or state.student, self._frozen.student)
+        weights = self._weights(state.ema or state.student, self._frozen.get("student", {}))
         columns = self._columns | {"student, 1 step": self._pictures(self._student, weights)}
-        columns |= self._predictions(state)
+        if self._times:
+            columns |= self._predictions(state)
         with processes.together():
             if jax.process_index() == 0:
                 side = next(iter(columns.values())).shape[1]
                 save_png(path, grid(columns, self._prompts, scale=max(1, 128 // side)))
 
     def _pictures(self, generator: Generator, unet: Params, **settings: float) -> np.ndarray:
-        params = GeneratorParams(unet=unet, text_encoder=self._frozen.text_encoder, vae=self._vae)
+        params = GeneratorParams(unet=unet, text_encoder=self._frozen["text_encoder"], vae=self._vae)
         pictures = [
             self._generate(generator, params, ids, self._null_ids, noise, **settings)
             for ids, noise, _ in self._parts()
@@ -115,5 +116,5 @@ class ProgressGrid:
 def student_weights(run: Run, trained: Params, base: Params) -> Params:
     """Returns all weights of the student in the compute dtype: trained ones, or the base with its LoRA merged."""
     if not run.lora_student:
-        return cast(trained, run.objective.compute_dtype)
-    return lora.merge(base, trained, run.objective.student_lora_scale)
+        return cast(trained, run.compute_dtype)
+    return lora.merge(base, trained, run.method.student.lora_scale)

@@ -70,7 +70,7 @@ def student_of(
         config.teacher = base
     if init is not None:
         config.student.init = init
-    config.clip.model = ""  # its loss is not needed any more
+    config.terms = ()  # they are not needed any more
     lora = config.student.lora
     parts = read_parts(config)
     return found, model_of(

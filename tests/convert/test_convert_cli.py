@@ -222,10 +222,10 @@ def test_the_scores_lora_has_its_own_layers_rank_and_alpha(full, world, tmp_path
     convert("lora", run=full.directory, which="score", out=file)
     assert capsys.readouterr().out == f"wrote {file} from step {STEP}\n"
     update = read_lora(file)
-    for name, leaf in full.state.score.items():
+    for name, leaf in full.state.players["score"].params.items():
         np.testing.assert_array_equal(update.factors[name], scaled(name, leaf, 1.5))
     base = load_component(world / "pipeline" / "unet").params
-    want = lora.merge(base, full.state.score, 1.5)
+    want = lora.merge(base, full.state.players["score"].params, 1.5)
     got = fuse(base, update)
     assert all(np.allclose(got[name], want[name], rtol=0, atol=1e-6) for name in want)
     layers = [name.removesuffix(".kernel") for name in base if name.endswith(".kernel")]

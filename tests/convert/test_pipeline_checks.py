@@ -120,7 +120,7 @@ def test_a_tokenizer_shorter_than_its_text_encoder_draws_as_diffusers_does(broke
     config = default_config()
     config.teacher, config.clip.model = str(broken), str(broken)
     parts = read_parts(config)
-    assert (parts.prompt_length, parts.clip_prompt_length) == (LENGTH - 4, LENGTH - 4)
+    assert (parts.prompt_length, parts.term_prompt_length("clip")) == (LENGTH - 4, LENGTH - 4)
 
 
 def test_a_size_that_the_levels_do_not_divide_is_one_line(broken):

@@ -1,13 +1,11 @@
 """A step in stages, each a program of its own, against the same step as one program."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative_error
-from toy_world import Toy
+from toy_world import Toy, changed
 
 from sbv2_jax.devices.programs import Separate
 from sbv2_jax.devices.rules import DEFAULT_RULES
@@ -15,9 +13,9 @@ from sbv2_jax.devices.sharding import Layout, make_mesh
 from sbv2_jax.distill.train_step import make_train_step
 
 FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-CHANGES = {"ema": 0.9, "accumulate": 2, "clip_passes": 2, "score_updates": 3}
+CHANGES = {"ema": 0.9, "accumulate": 2, "clip__passes": 2, "score__updates": 3}
 STAGES = {
-    "begin", "student forward", "difference", "pull", "student backward",
+    "begin", "student forward", "vsd prepare", "pull", "student backward",
     "score forward", "score backward", "score update", "update",
 }  # fmt: skip
 
@@ -26,11 +24,11 @@ STAGES = {
 def both(request):
     """The state and metrics after three steps of one program, then of stages; and the stages' programs."""
     toy = Toy()
-    objective = dataclasses.replace(toy.objective, **request.param)
+    method = changed(toy.method, **request.param)
     batch = jax.tree.map(jnp.asarray, toy.batch)
     layout = Layout(make_mesh(1, 1, 1, jax.devices()[:1]), DEFAULT_RULES, toy.init(seed=3), toy.frozen)
     programs = Separate(workers=2, options=FAST)
-    stages = make_train_step(toy.models, objective, toy.optimizer, toy.optimizer, layout.placement, programs)
+    stages = make_train_step(method, layout.placement, programs)
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.placement.batch), batch
     )

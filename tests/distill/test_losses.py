@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from conftest import relative_error
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig, add_noise, make_schedule
-from sbv2_jax.distill import losses
+from sbv2_jax.distill.score import score_loss
+from sbv2_jax.distill.terms.clip import clamped_clip_loss, cosine
+from sbv2_jax.distill.terms.vsd import WEIGHTINGS, vsd_gradient, vsd_loss
 
 SCHEDULE = make_schedule(ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
 T = np.array([20, 333, 700, 980], np.int32)
@@ -36,7 +38,7 @@ def float64(*values) -> list[np.ndarray]:
 
 def test_sbv2_weighting_is_sigma_squared_times_the_difference(arrays):
     x, x_t, teacher, score = arrays
-    got = losses.vsd_gradient(SCHEDULE, "sbv2", x, x_t, T, teacher, score)
+    got = vsd_gradient(SCHEDULE, "sbv2", x, x_t, T, teacher, score)
     _, sigma = alpha_sigma()
     teacher, score = float64(teacher, score)
     assert got.dtype == jnp.float32
@@ -45,7 +47,7 @@ def test_sbv2_weighting_is_sigma_squared_times_the_difference(arrays):
 
 def test_dmd_weighting_is_the_x0_difference_over_each_samples_own_error(arrays):
     x, x_t, teacher, score = arrays
-    got = losses.vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score)
+    got = vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score)
     alpha, sigma = alpha_sigma()
     x, x_t, teacher, score = float64(x, x_t, teacher, score)
     teacher_x0, score_x0 = (x_t - sigma * teacher) / alpha, (x_t - sigma * score) / alpha
@@ -59,8 +61,8 @@ def test_dmd_weighting_is_the_x0_difference_over_each_samples_own_error(arrays):
 
 def test_the_weightings_differ_by_one_factor_for_each_sample(arrays):
     x, x_t, teacher, score = arrays
-    sbv2 = losses.vsd_gradient(SCHEDULE, "sbv2", x, x_t, T, teacher, score)
-    dmd = losses.vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score)
+    sbv2 = vsd_gradient(SCHEDULE, "sbv2", x, x_t, T, teacher, score)
+    dmd = vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score)
     alpha, sigma = alpha_sigma()
     x, x_t, teacher = float64(x, x_t, teacher)
     error = np.abs(x - (x_t - sigma * teacher) / alpha).mean((1, 2, 3), keepdims=True)
@@ -74,16 +76,16 @@ def test_the_weightings_differ_by_one_factor_for_each_sample(arrays):
 def test_an_unknown_weighting_is_an_error(arrays):
     x, x_t, teacher, score = arrays
     with pytest.raises(ValueError, match="weighting='sds'"):
-        losses.vsd_gradient(SCHEDULE, "sds", x, x_t, T, teacher, score)
+        vsd_gradient(SCHEDULE, "sds", x, x_t, T, teacher, score)
 
 
 def test_gradient_of_the_vsd_loss_is_the_direction_over_a_samples_size(arrays, rng):
     x = arrays[0]
     direction = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
-    value = losses.vsd_loss(x, direction)
+    value = vsd_loss(x, direction)
     assert value.shape == (4,) and value.dtype == jnp.float32
     assert relative_error(value, 0.5 * np.mean(float64(direction)[0] ** 2, (1, 2, 3))) < BOUND
-    to_x, to_direction = jax.grad(lambda *a: losses.vsd_loss(*a).sum(), argnums=(0, 1))(x, direction)
+    to_x, to_direction = jax.grad(lambda *a: vsd_loss(*a).sum(), argnums=(0, 1))(x, direction)
     assert relative_error(to_x, float64(direction)[0] / direction[0].size) < BOUND
     np.testing.assert_array_equal(to_direction, 0.0)
 
@@ -92,11 +94,11 @@ def test_nothing_reaches_teacher_and_score_through_the_loss(arrays):
     x, x_t, teacher, score = arrays
 
     def loss(x, x_t, teacher, score):
-        direction = losses.vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score)
-        return losses.vsd_loss(x, direction).sum()
+        direction = vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score)
+        return vsd_loss(x, direction).sum()
 
     to_x, *others = jax.grad(loss, argnums=(0, 1, 2, 3))(x, x_t, teacher, score)
-    want = losses.vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score) / x[0].size
+    want = vsd_gradient(SCHEDULE, "dmd", x, x_t, T, teacher, score) / x[0].size
     assert relative_error(to_x, want) < BOUND, "the normaliser depends on x, but is a constant to the loss"
     for other in others:
         np.testing.assert_array_equal(other, 0.0)
@@ -104,9 +106,9 @@ def test_nothing_reaches_teacher_and_score_through_the_loss(arrays):
 
 def test_score_loss_and_its_gradient_equal_pytorch(arrays):
     _, _, epsilon, noise = arrays
-    value = losses.score_loss(SCHEDULE, epsilon, noise, T)
+    value = score_loss(SCHEDULE, epsilon, noise, T)
     assert value.shape == (4,) and value.dtype == jnp.float32
-    gradient = jax.grad(lambda e: losses.score_loss(SCHEDULE, e, noise, T).mean())(epsilon)
+    gradient = jax.grad(lambda e: score_loss(SCHEDULE, e, noise, T).mean())(epsilon)
     theirs = torch.tensor(np.asarray(epsilon), dtype=torch.float64, requires_grad=True)
     target = torch.tensor(np.asarray(noise), dtype=torch.float64)
     weight = torch.tensor(alpha_sigma()[0]).flatten() ** 2
@@ -126,10 +128,8 @@ def test_clip_loss_is_clamped_for_each_sample_not_for_the_batch(rng):
     want = torch.relu(tau - cosines)
     want.mean().backward()
 
-    value = losses.clamped_clip_loss(jnp.asarray(image), jnp.asarray(text), tau)
-    gradient = jax.grad(lambda a: losses.clamped_clip_loss(a, jnp.asarray(text), tau).mean())(
-        jnp.asarray(image)
-    )
+    value = clamped_clip_loss(jnp.asarray(image), jnp.asarray(text), tau)
+    gradient = jax.grad(lambda a: clamped_clip_loss(a, jnp.asarray(text), tau).mean())(jnp.asarray(image))
     assert value.shape == (6,) and value.dtype == jnp.float32
     np.testing.assert_array_equal(value[:2], 0.0)
     np.testing.assert_array_equal(gradient[:2], 0.0)
@@ -141,17 +141,17 @@ def test_clip_loss_is_clamped_for_each_sample_not_for_the_batch(rng):
 
 def test_cosine_does_not_depend_on_length(rng):
     a, b = (jnp.asarray(rng.standard_normal((3, 7)), jnp.float32) for _ in range(2))
-    np.testing.assert_allclose(losses.cosine(5 * a, b / 9), losses.cosine(a, b), rtol=1e-5)
-    np.testing.assert_allclose(losses.cosine(a, -2 * a), -1.0, rtol=1e-6)
+    np.testing.assert_allclose(cosine(5 * a, b / 9), cosine(a, b), rtol=1e-5)
+    np.testing.assert_allclose(cosine(a, -2 * a), -1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("which", range(4))
 def test_bfloat16_is_refused_wherever_it_comes_from(arrays, weighting, which):
     mixed = [a.astype(jnp.bfloat16) if i == which else a for i, a in enumerate(arrays)]
     x, x_t, teacher, score = mixed
     with pytest.raises(TypeError, match="float32"):
-        losses.vsd_gradient(SCHEDULE, weighting, x, x_t, T, teacher, score)
+        vsd_gradient(SCHEDULE, weighting, x, x_t, T, teacher, score)
     if which < 2:
         with pytest.raises(TypeError, match="float32"):
-            losses.score_loss(SCHEDULE, x, x_t, T)
+            score_loss(SCHEDULE, x, x_t, T)

@@ -12,12 +12,16 @@ import toy_world
 from conftest import relative_error
 from diffusers.training_utils import EMAModel
 from tiny_world import fast_jit
-from toy_world import BATCH, Toy
+from toy_world import BATCH, Toy, changed
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
-from sbv2_jax.distill import steps
 from sbv2_jax.distill.ema import ema_decay
-from sbv2_jax.distill.state import Frozen, init_state
+from sbv2_jax.distill.gradients import encode, follower_gradient, random_numbers, student_gradient
+from sbv2_jax.distill.method import Method
+from sbv2_jax.distill.score import Score
+from sbv2_jax.distill.state import init_state
+from sbv2_jax.distill.student import Student
+from sbv2_jax.distill.terms.vsd import VSD
 from sbv2_jax.distill.train_step import make_train_step
 from sbv2_jax.models.clip import TextOutput
 from sbv2_jax.models.conditions import Text, TextEncoder
@@ -46,48 +50,53 @@ def run(step, toy, state, count=3):
     return state, metrics
 
 
+def trained(state):
+    return state.student, state.ema, state.players["score"].params
+
+
 def draw(batch_size=BATCH, step=0, seed=0, **changes):
-    objective = steps.Objective(steps=10, latent_shape=(2, 2, 1), **changes)
+    method = changed(Toy().method, latent_shape=(2, 2, 1), **changes)
     key = jax.random.key_data(jax.random.key(seed))
-    return fast_jit(lambda key, step: steps.draw(objective, key, step, batch_size, 1000))(key, step)
+    student, followers = fast_jit(lambda key, step: random_numbers(method, key, step, batch_size))(key, step)
+    return student.z, student.terms["vsd"], followers["score"]
 
 
 def test_times_and_null_prompts_have_the_right_distributions():
-    student, score = draw(100_000)
-    assert (student.t.min(), student.t.max()) == (20, 980), "both ends are included"
+    z, vsd, score = draw(100_000)
+    assert (vsd.t.min(), vsd.t.max()) == (20, 980), "both ends are included"
     assert (score.t.min(), score.t.max()) == (0, 999)
-    assert abs(student.t.mean() - 500) < 4 and abs(score.t.mean() - 499.5) < 4
+    assert abs(vsd.t.mean() - 500) < 4 and abs(score.t.mean() - 499.5) < 4
     assert abs(score.null.mean() - 0.1) < 0.005
-    for noise in (student.z, student.noise, score.noise):
+    for noise in (z, vsd.noise, score.noise):
         assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
-    assert not np.any(draw(100, null_prompt_probability=0.0)[1].null)
+    assert not np.any(draw(100, score__null_prompt_probability=0.0)[2].null)
 
 
 def test_every_random_number_has_a_key_of_its_own():
-    student, score = draw(1000, t_min=0, t_max=999, score_updates=2)
-    noises = [student.z, student.noise, *score.noise]
+    z, vsd, score = draw(1000, vsd__t_min=0, vsd__t_max=999, score__updates=2)
+    noises = [z, vsd.noise, *score.noise]
     correlations = np.corrcoef([noise.ravel() for noise in noises])
     assert np.abs(correlations - np.eye(4)).max() < 0.08
-    assert np.abs(np.corrcoef([student.t, *score.t]) - np.eye(3)).max() < 0.15
+    assert np.abs(np.corrcoef([vsd.t, *score.t]) - np.eye(3)).max() < 0.15
     assert np.mean(score.null[0] != score.null[1]) > 0.1
     for other in (draw(1000, step=1), draw(1000, seed=1)):
-        assert np.mean(other[0].t == student.t) < 0.01
-        assert np.abs(np.corrcoef(other[0].z.ravel(), student.z.ravel())[0, 1]) < 0.08
+        assert np.mean(other[1].t == vsd.t) < 0.01
+        assert np.abs(np.corrcoef(other[0].ravel(), z.ravel())[0, 1]) < 0.08
 
 
 def test_null_prompts_differ_within_a_batch():
-    assert 0 < draw(null_prompt_probability=0.5)[1].null.sum() < BATCH
+    assert 0 < draw(score__null_prompt_probability=0.5)[2].null.sum() < BATCH
 
 
 @pytest.mark.parametrize(
-    "passes", [{"accumulate": 2}, {"accumulate": 4}, {"clip_passes": 2}, {"clip_passes": 4}], ids=str
+    "passes", [{"accumulate": 2}, {"accumulate": 4}, {"clip__passes": 2}, {"clip__passes": 4}], ids=str
 )
 def test_passes_change_nothing_but_rounding(toy, plain_step, passes):
     state, metrics = run(plain_step, toy, toy.init(), 1)
     accumulated, accumulated_metrics = run(toy.train_step(ema=0.9, **passes), toy, toy.init(), 1)
-    for name in ("student", "ema", "score"):
-        for leaf, want in getattr(state, name).items():
-            assert relative_error(getattr(accumulated, name)[leaf], want) < 1e-5, (name, leaf)
+    for trees in zip(*map(trained, (state, accumulated)), strict=True):
+        for leaf, want in trees[0].items():
+            assert relative_error(trees[1][leaf], want) < 1e-5, leaf
     assert metrics.keys() == accumulated_metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(accumulated_metrics[name], value, rtol=1e-5, err_msg=name)
@@ -96,22 +105,23 @@ def test_passes_change_nothing_but_rounding(toy, plain_step, passes):
 def test_several_score_updates_are_taken_one_after_the_other(toy, plain_step):
     """The student is updated once; the score model moves on by each update, with new noise."""
     one, _ = run(plain_step, toy, toy.init(), 1)
-    three, metrics = run(toy.train_step(score_updates=3), toy, toy.init(), 1)
+    three, metrics = run(toy.train_step(score__updates=3), toy, toy.init(), 1)
     for name, leaf in one.student.items():
         assert relative_error(three.student[name], leaf) < 1e-5
-    assert optax.tree.get(three.score_opt, "count") == 3
-    assert optax.tree.get(three.student_opt, "count") == 1
-    objective = dataclasses.replace(toy.objective, score_updates=3)
+    assert optax.tree.get(three.players["score"].opt, "count") == 3
+    assert optax.tree.get(three.players["student"].opt, "count") == 1
+    method = changed(toy.method, score__updates=3)
+    player = method.players["score"]
 
     @fast_jit
     def one_after_the_other(state):
-        noise, draws = steps.draw(objective, state.key, 0, BATCH, 1000)
-        text = steps.encode(toy.models, objective, toy.frozen, toy.batch).text
-        x = steps.generate(toy.models, objective, state.student, toy.frozen, noise.z, text)
-        score, opt, values = state.score, state.score_opt, []
+        noise, draws = random_numbers(method, state.key, 0, BATCH)
+        text = encode(method, toy.frozen, toy.batch).text
+        x = method.student.forward(state.student, toy.frozen, noise.z, text)
+        (score, opt), values = state.players["score"], []
         for i in range(3):
-            noise = jax.tree.map(lambda a, i=i: a[i], draws)
-            grads, found = steps.score_gradient(toy.models, objective, score, toy.frozen, x, text, noise)
+            noise = jax.tree.map(lambda a, i=i: a[i], draws["score"])
+            grads, found = follower_gradient(player, score, toy.frozen, x, text, noise)
             updates, opt = toy.optimizer.update(grads, opt, score)
             score = optax.apply_updates(score, updates)
             values.append(found["loss/score"])
@@ -119,7 +129,7 @@ def test_several_score_updates_are_taken_one_after_the_other(toy, plain_step):
 
     score, loss = one_after_the_other(toy.init())
     for name, leaf in score.items():
-        assert relative_error(three.score[name], leaf) < 1e-5
+        assert relative_error(three.players["score"].params[name], leaf) < 1e-5
     np.testing.assert_allclose(metrics["loss/score"], loss, rtol=1e-5)
 
 
@@ -179,14 +189,14 @@ def test_no_average_is_kept_without_one_and_a_rate_of_zero_copies(toy):
 
 def test_clip_weight_falls_linearly_to_nothing(toy):
     """With the CLIP loss alone, the student's gradient is proportional to its weight at each step."""
-    objective = dataclasses.replace(toy.objective, vsd_weight=0.0, clip_tau=0.9)
-    noise, _ = steps.draw(objective, toy.init().key, 0, BATCH, 1000)
-    conditions = steps.encode(toy.models, objective, toy.frozen, toy.batch)
+    method = changed(toy.method, vsd__scale=0.0, clip__tau=0.9)
+    noise, _ = random_numbers(method, toy.init().key, 0, BATCH)
+    conditions = encode(method, toy.frozen, toy.batch)
 
     @fast_jit
     def gradient(step):
         state = dataclasses.replace(toy.init(), step=step)
-        return steps.student_gradient(toy.models, objective, state, toy.frozen, conditions, noise)[0]
+        return student_gradient(method, state, toy.frozen, conditions, noise)[0]
 
     first = gradient(jnp.int32(0))
     for step in (1, 7, 19, 20):
@@ -196,13 +206,13 @@ def test_clip_weight_falls_linearly_to_nothing(toy):
 
 
 def test_one_prompt_that_gives_nan_leaves_the_state_and_the_next_batch_goes_on(toy, plain_step):
-    text = toy.frozen.text_encoder
+    text = toy.frozen["text_encoder"]
     poisoned = {"table.embedding": text["table.embedding"].at[toy_world.VOCABULARY - 1].set(np.nan)}
-    frozen = dataclasses.replace(toy.frozen, text_encoder=poisoned)
-    ids = toy.batch.input_ids.copy()
+    frozen = toy.frozen | {"text_encoder": poisoned}
+    ids = toy.batch["input_ids"].copy()
     ids[3, 1] = toy_world.VOCABULARY - 1
     before, _ = run(plain_step, toy, toy.init(), 1)
-    after, metrics = plain_step(before, frozen, toy.batch._replace(input_ids=ids))
+    after, metrics = plain_step(before, frozen, toy.batch | {"input_ids": ids})
     assert metrics["skipped"] == 1.0 and not np.isfinite(metrics["loss/vsd"])
     assert after.step == 2
     assert_same(dataclasses.replace(after, step=before.step), before)
@@ -216,14 +226,13 @@ def test_one_prompt_that_gives_nan_leaves_the_state_and_the_next_batch_goes_on(t
 def test_any_one_number_that_is_not_finite_skips_both_updates(toy, where):
     frozen, changes = toy.frozen, {}
     if where == "loss/clip":
-        frozen = dataclasses.replace(frozen, clip=frozen.clip | {"word": frozen.clip["word"] * np.nan})
+        clip = frozen["clip"]
+        frozen = frozen | {"clip": clip | {"word": clip["word"] * np.nan}}
     elif where == "loss/score":  # without guidance, only score updates see the null prompt
-        frozen = dataclasses.replace(
-            frozen, null_text=jax.tree.map(lambda leaf: leaf * np.nan, frozen.null_text)
-        )
-        changes = {"guidance": 1.0, "score_guidance": 1.0, "null_prompt_probability": 0.5}
+        frozen = frozen | {"null_text": jax.tree.map(lambda leaf: leaf * np.nan, frozen["null_text"])}
+        changes = {"vsd__guidance": 1.0, "vsd__score_guidance": 1.0, "score__null_prompt_probability": 0.5}
     else:  # finite losses, but the gradient's square overflows
-        changes = {"vsd_weight": 1e30}
+        changes = {"vsd__scale": 1e30}
     before = toy.init()
     after, metrics = toy.train_step(**changes)(before, frozen, toy.batch)
     others = metrics.keys() - {where, "skipped", "grad_norm/student", "grad_norm/score", "clip/cosine"}
@@ -287,31 +296,34 @@ def test_a_student_of_gaussians_learns_the_teachers_means_and_deviation(weightin
     """The whole method on a problem with a known answer: pictures of N(-1, e^-1) and N(2, e^-1)."""
     config = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     schedule = make_schedule(config)
-    models = steps.Models(
-        student=Shift(schedule),
-        student_schedule=dataclasses.replace(schedule, prediction_type="v_prediction"),
-        score=Gaussian(schedule),
-        score_schedule=schedule,
-        text_encoder=TextEncoder({"text_encoder": Prompt()}),
-    )
-    objective = steps.Objective(
-        steps=600,
-        latent_shape=(2, 2, 1),
-        guidance=1.0,
-        score_guidance=1.0,
-        weighting=weighting,
+    score = Score(
+        network=Gaussian(schedule),
+        schedule=schedule,
+        optimizer=optax.adam(3e-2, b1=0.0),
+        base="teacher",
+        updates=2,
         null_prompt_probability=0.0,
-        score_updates=2,
     )
-    student_optimizer, score_optimizer = optax.adam(1e-2, b1=0.0), optax.adam(3e-2, b1=0.0)
-    student = {"shift": jnp.array([0.3, 0.0]), "c": jnp.float32(0.2)}
-    score = {"lora.d": jnp.zeros(2), "lora.s": jnp.zeros(1)}
-    state = init_state(0, student, score, student_optimizer, score_optimizer, ema=False)
-    frozen = Frozen(
-        teacher={}, student={}, text_encoder={}, null_text=Text(jnp.zeros((1, 2))), decoder={}, clip={}
+    student = Student(
+        network=Shift(schedule),
+        schedule=dataclasses.replace(schedule, prediction_type="v_prediction"),
+        optimizer=optax.adam(1e-2, b1=0.0),
     )
-    batch = steps.Batch(jnp.arange(64).reshape(64, 1) % 2, None)
-    step = make_train_step(models, objective, student_optimizer, score_optimizer)
+    method = Method(
+        student=student,
+        followers=(score,),
+        terms=(VSD(score=score, guidance=1.0, score_guidance=1.0, weighting=weighting),),
+        text_encoder=TextEncoder({"text_encoder": Prompt()}),
+        latent_shape=(2, 2, 1),
+    )
+    params = {
+        "student": {"shift": jnp.array([0.3, 0.0]), "c": jnp.float32(0.2)},
+        "score": {"lora.d": jnp.zeros(2), "lora.s": jnp.zeros(1)},
+    }
+    state = init_state(0, params, method.optimizers, ema=False)
+    frozen = {"teacher": {}, "text_encoder": {}, "null_text": Text(jnp.zeros((1, 2)))}
+    batch = {"input_ids": jnp.arange(64).reshape(64, 1) % 2}
+    step = make_train_step(method)
     train = fast_jit(lambda state: jax.lax.scan(lambda s, _: step(s, frozen, batch), state, length=600))
     state, metrics = train(state)
     means = jnp.array([[-1.0, 1.0], [2.0, 1.0]]) @ state.student["shift"]

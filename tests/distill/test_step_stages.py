@@ -12,8 +12,11 @@ import torch
 from conftest import relative_error
 from step_reference import make_reference, torch_ids
 from torch_reference import integers, nchw
+from toy_world import changed
 
-from sbv2_jax.distill import steps
+from sbv2_jax.distill.gradients import encode, follower_gradient, pull, random_numbers
+from sbv2_jax.distill.score import ScoreNoise
+from sbv2_jax.distill.terms.term import Given
 
 pytestmark = pytest.mark.slow
 
@@ -35,14 +38,18 @@ def direction_inputs():
     for prediction in ("epsilon", "v_prediction"):
         world = tiny_world.make_world(teacher_prediction=prediction)
         worlds[prediction] = world
-    score = Compiled(tiny_world.fast_jit(worlds["epsilon"].run.models.score.apply))
+    score = Compiled(tiny_world.fast_jit(worlds["epsilon"].run.method.players["score"].network.apply))
     world = worlds["epsilon"]
     key = world.init().key
-    student, _ = steps.draw(world.run.objective, key, 0, tiny_world.BATCH, 1000)
-    conditions = tiny_world.fast_jit(functools.partial(steps.encode, world.run.models, world.run.objective))(
-        world.frozen, world.batch
-    )
-    return worlds, score, student, conditions.text
+    student, _ = random_numbers(world.run.method, key, 0, tiny_world.BATCH)
+    encoded = tiny_world.fast_jit(functools.partial(encode, world.run.method))(world.frozen, world.batch)
+    return worlds, score, student, encoded.text
+
+
+def difference(method, world, x, noise, text):
+    """The VSD gradient at x, as the term of this method prepares it."""
+    (vsd,) = method.terms
+    return vsd.prepare(Given(0, {"score": world.score}, world.frozen, text, noise.terms["vsd"]), x)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -52,20 +59,19 @@ def test_vsd_direction_equals_pytorch(direction_inputs, rng, prediction, weighti
     worlds, score, noise, text = direction_inputs
     world = worlds[prediction]
     x = rng.standard_normal((tiny_world.BATCH, *tiny_world.LATENTS), np.float32)
-    objective = dataclasses.replace(
-        world.run.objective, weighting=weighting, guidance=guidance, score_guidance=score_guidance
-    )
-    models = dataclasses.replace(world.run.models, score=score)
-    ours = steps.difference(models, objective, world.score, world.frozen, x, noise, text)
+    changes = {"weighting": weighting, "guidance": guidance, "score_guidance": score_guidance}
+    changes = {f"vsd__{name}": value for name, value in changes.items()}
+    ours = difference(changed(world.run.method, score__network=score, **changes), world, x, noise, text)
     assert ours.dtype == jnp.float32
 
     reference = make_reference(world, {"teacher_prediction": prediction})
     method = reference.method
     method.weighting, method.guidance, method.score_guidance = weighting, guidance, score_guidance
     ids = torch_ids(world)
+    vsd_noise = nchw(noise.terms["vsd"].noise), integers(noise.terms["vsd"].t)
     with torch.no_grad():
         rows, null = reference.encode(ids[0]), reference.encode_null(ids[-1])
-        theirs = reference.vsd_direction(nchw(x), nchw(noise.noise), integers(noise.t), rows, null)
+        theirs = reference.vsd_direction(nchw(x), *vsd_noise, rows, null)
     for row, want in zip(ours, theirs.permute(0, 2, 3, 1), strict=True):  # each sample has its own weight
         assert relative_error(row, want) < BOUND
 
@@ -77,10 +83,8 @@ def test_a_guidance_of_one_costs_no_unconditional_forward(direction_inputs, guid
     """Counted where the UNet begins: the rows that its first convolution is given."""
     worlds, _, noise, text = direction_inputs
     world = worlds["epsilon"]
-    objective = dataclasses.replace(world.run.objective, guidance=guidance, score_guidance=score_guidance)
-    program = jax.make_jaxpr(
-        lambda x: steps.difference(world.run.models, objective, world.score, world.frozen, x, noise, text)
-    )(noise.z)
+    method = changed(world.run.method, vsd__guidance=guidance, vsd__score_guidance=score_guidance)
+    program = jax.make_jaxpr(lambda x: difference(method, world, x, noise, text))(noise.z)
     first = (3, 3, tiny_world.LATENTS[-1], tiny_world.UNET["block_out_channels"][0])
     rows = [
         eqn.invars[0].aval.shape[0]
@@ -102,14 +106,13 @@ def test_clip_gradient_through_the_decoder_equals_autograd(decoder, size, rng):
     tau = cosines.sort().values[1:3].mean().item()
     torch.relu(tau - cosines).mean().mul(0.2).backward()
 
-    models, frozen = world.run.models, world.frozen
-    objective = dataclasses.replace(world.run.objective, clip_tau=tau)
+    method = changed(world.run.method, clip__tau=tau)
 
-    def stage(frozen, ids, x):
-        text = models.clip_text(frozen.clip, ids)
-        return steps.pull(models, objective, frozen, x, jnp.zeros_like(x), text, jnp.float32(0.2))
+    def stage(frozen, batch, x):
+        conditions, prepared = encode(method, frozen, batch), {"vsd": jnp.zeros_like(x)}
+        return pull(method, jnp.int32(0), {}, frozen, x, conditions, {}, prepared)
 
-    gradient, metrics = tiny_world.fast_jit(stage)(frozen, world.batch.clip_input_ids, x)
+    gradient, metrics = tiny_world.fast_jit(stage)(world.frozen, world.batch, x)
     assert relative_error(gradient, theirs.grad.permute(0, 2, 3, 1)) < BOUND
     assert metrics["loss/clip"] == pytest.approx(torch.relu(tau - cosines).mean().item(), rel=1e-4)
     assert metrics["clip/cosine"] == pytest.approx(cosines.mean().item(), rel=1e-4)
@@ -123,25 +126,25 @@ def test_clip_gradient_through_the_decoder_equals_autograd(decoder, size, rng):
 def test_null_prompts_are_those_of_their_own_samples():
     """To drop the prompts of some samples is to give those samples, and no others, the empty prompt."""
     world = tiny_world.make_world()
-    models, objective, frozen = world.run.models, world.run.objective, world.frozen
-    _, draws = steps.draw(objective, world.init().key, 0, tiny_world.BATCH, 1000)
+    method, frozen = world.run.method, world.frozen
+    draws = random_numbers(method, world.init().key, 0, tiny_world.BATCH)[1]["score"]
     x = jax.random.normal(jax.random.key(1), (tiny_world.BATCH, *tiny_world.LATENTS))
 
     def stage(batch, noise):
-        text = steps.encode(models, objective, frozen, batch).text
-        return steps.score_gradient(models, objective, world.score, frozen, x, text, noise)
+        text = encode(method, frozen, batch).text
+        return follower_gradient(method.players["score"], world.score, frozen, x, text, noise)
 
     def gradient(batch, null):
-        noise = steps.ScoreNoise(draws.noise[0], draws.t[0], jnp.array(null))
+        noise = ScoreNoise(draws.noise[0], draws.t[0], jnp.array(null))
         grads, metrics = compiled(batch, noise)
         return grads | {"loss": metrics["loss/score"]}
 
     compiled = tiny_world.fast_jit(stage)
-    ids = world.batch.input_ids
+    ids = world.batch["input_ids"]
     dropped = [True, False, False, True]
     got = gradient(world.batch, dropped)
     empty = np.where(np.array(dropped)[:, None], tiny_world.EMPTY, ids)
-    same = gradient(steps.Batch(empty, None), [False] * 4)
+    same = gradient({"input_ids": empty}, [False] * 4)
     for name, leaf in got.items():
         assert relative_error(leaf, same[name]) < 1e-5, name
     other = gradient(world.batch, [True] * 4)

@@ -20,9 +20,10 @@ from conftest import measured
 from step_reference import make_reference, torch_ids
 from tiny_world import World
 from torch_reference import integers, nchw
+from toy_world import changed
 
 from sbv2_jax.convert.formats.names import params_to_torch
-from sbv2_jax.distill import steps
+from sbv2_jax.distill.gradients import random_numbers
 from sbv2_jax.distill.train_step import make_train_step
 
 pytestmark = pytest.mark.slow
@@ -106,15 +107,16 @@ def drawer(world: World) -> Callable:
     They are z, noise and t of the student, and noise, t and the mask of null prompts of each score update.
     """
     batch = world.config.batch_size
-    draw = tiny_world.fast_jit(lambda key, step: steps.draw(world.run.objective, key, step, batch, 1000))
+    draw = tiny_world.fast_jit(lambda key, step: random_numbers(world.run.method, key, step, batch))
 
     def draws(key: jax.Array, step: int):
-        student, score = draw(key, step)
+        student, followers = draw(key, step)
+        vsd, score = student.terms["vsd"], followers["score"]
         updates = [
             (nchw(noise), integers(t), integers(null).bool())
             for noise, t, null in zip(score.noise, score.t, score.null, strict=True)
         ]
-        return (nchw(student.z), nchw(student.noise), integers(student.t)), updates
+        return (nchw(student.z), nchw(vsd.noise), integers(vsd.t)), updates
 
     return draws
 
@@ -125,8 +127,9 @@ def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def as_torch(state) -> dict[str, dict[str, np.ndarray]]:
-    trees = {"student": state.student, "ema": state.ema, "score": state.score}
-    trees |= {"student gradient": state.student_opt[0].trace, "score gradient": state.score_opt[0].trace}
+    trees = {"ema": state.ema}
+    for name, player in state.players.items():
+        trees |= {name: player.params, f"{name} gradient": player.opt[0].trace}
     return {name: params_to_torch(tree) for name, tree in trees.items()}
 
 
@@ -135,15 +138,15 @@ def both(request) -> Both:
     changes, predictions, kind = CASES[request.param]
     world = tiny_world.make_world(OPTIMIZER | changes, **predictions, **kind)
     reference = make_reference(world, predictions)
-    optimizers = {
-        name: recorded(getattr(world.run, name)) for name in ("student_optimizer", "score_optimizer")
-    }
-    state = world.init(**optimizers)
+    optimizers = world.run.method.optimizers
+    method = changed(
+        world.run.method, **{f"{name}__optimizer": recorded(one) for name, one in optimizers.items()}
+    )
+    state = world.init(method)
     ids, draws = torch_ids(world), drawer(world)
     tau, cosines, clip_over_vsd = balance(reference, ids, draws(state.key, 0)[0])
     reference.method.tau = tau
-    objective = dataclasses.replace(world.run.objective, clip_tau=tau)
-    step = tiny_world.fast_jit(make_train_step(world.run.models, objective, *optimizers.values()))
+    step = tiny_world.fast_jit(make_train_step(changed(method, clip__tau=tau)))
     states, ours, theirs = [state], [as_torch(state)], []
     for index in range(STEPS):
         state, metrics = step(state, world.frozen, world.batch)
@@ -227,7 +230,7 @@ def test_losses_equal_pytorch(both):
         assert ours["metrics"]["skipped"] == 0.0
     first = both.ours[1]
     for name in ("student", "score"):
-        if name == "score" and both.world.run.objective.score_updates > 1:
+        if name == "score" and both.world.run.method.players["score"].updates > 1:
             continue  # the metric is the mean over the updates, the gradient that of the last
         assert first["metrics"][f"grad_norm/{name}"] == pytest.approx(
             norm(first[f"{name} gradient"]), rel=1e-5
@@ -251,11 +254,12 @@ def test_what_is_not_finite_changes_nothing_but_the_step(both):
     """A teacher that gives NaN on one of the prompts only, as an overflow would."""
     frozen = both.world.frozen
     suffix = "text_model.embeddings.token_embedding.embedding"
-    embedding = next(name for name in frozen.text_encoder if name.endswith(suffix))
-    token = both.world.batch.input_ids[1].flat[0]
-    poisoned = frozen.text_encoder | {embedding: frozen.text_encoder[embedding].at[token].set(np.nan)}
+    embedding = next(name for name in frozen["text_encoder"] if name.endswith(suffix))
+    token = both.world.batch["input_ids"][1].flat[0]
+    text = frozen["text_encoder"]
+    poisoned = text | {embedding: text[embedding].at[token].set(np.nan)}
     before = both.states[1]
-    after, metrics = both.step(before, dataclasses.replace(frozen, text_encoder=poisoned), both.world.batch)
+    after, metrics = both.step(before, frozen | {"text_encoder": poisoned}, both.world.batch)
     assert metrics["skipped"] == 1.0
     assert after.step == before.step + 1
     jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, step=before.step), before)

@@ -42,7 +42,7 @@ def plain():
 def adapted():
     """The network with a LoRA, its compiled call by (parameters, inputs, scale), its base and its LoRA."""
     network = unet(TARGETS)
-    base, factors = lora.split(tiny_world.random_params(network, 0))
+    base, factors = lora.base_and_factors(tiny_world.random_params(network, 0))
     call = tiny_world.fast_jit(lambda params, inputs, scale: network.apply(params, *inputs, lora_scale=scale))
     return network, call, base, factors
 
@@ -76,7 +76,7 @@ def test_exactly_the_matching_dense_layers_get_factors_of_the_rank(plain, adapte
 
 
 def test_a_fresh_lora_changes_nothing_and_can_learn(adapted):
-    _, factors = lora.split(adapted[0].init(0))
+    _, factors = lora.base_and_factors(adapted[0].init(0))
     for name, factor in factors.items():
         assert np.any(factor) == name.endswith("down.kernel"), name
 

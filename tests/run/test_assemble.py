@@ -50,11 +50,11 @@ def test_both_rates_rise_and_end_with_the_run(pipeline, updates):
     changes = {"steps": 10, "optimizer__schedule": "cosine", "optimizer__warmup": 2}
     changes |= {"optimizer__weight_decay": 0.0, "score__updates_per_step": updates, "score__lr": 1e-2}
     run = assembled(config_of(pipeline, student__lr=1e-3, **changes))
-    student = rates(run.student_optimizer, 11)
+    student = rates(run.method.optimizers["student"], 11)
     np.testing.assert_allclose(student[:3], [0, 5e-4, 1e-3], rtol=1e-4)
     np.testing.assert_allclose(student[6], 5e-4, rtol=1e-4)
     assert student[10] == pytest.approx(0, abs=1e-9)
-    score = rates(run.score_optimizer, 10 * updates + 1)
+    score = rates(run.method.optimizers["score"], 10 * updates + 1)
     np.testing.assert_allclose(score[::updates], 10 * np.array(student), rtol=1e-4, atol=1e-8)
 
 
@@ -84,7 +84,7 @@ def test_a_size_is_asked_for_where_nothing_says_it(pipeline, tmp_path):
         assembled(config_of(copied))
     with pytest.raises(InputError, match="does not say a sample_size: write it"):
         sbv2_jax.load(copied)
-    assert assembled(config_of(copied, resolution=16)).objective.latent_shape == (4, 4, 4)
+    assert assembled(config_of(copied, resolution=16)).method.latent_shape == (4, 4, 4)
 
 
 def test_latents_are_square(pipeline, tmp_path):

@@ -79,7 +79,10 @@ def made(tmp_path_factory):
     frozen = load_frozen(run, run.parts.tokenizer.encode([""])[0], layout.frozen)
     state = load_state(run, layout.state)
     rng = np.random.default_rng(2)
-    score = {name: leaf + rng.standard_normal(leaf.shape, np.float32) for name, leaf in state.score.items()}
+    score = {
+        name: leaf + rng.standard_normal(leaf.shape, np.float32)
+        for name, leaf in state.players["score"].params.items()
+    }
     state = dataclasses.replace(state, score={name: jnp.asarray(leaf) for name, leaf in score.items()})
     vae = place(
         load_component(run.parts.vae.directory, dtype=jnp.float32).params,
@@ -124,8 +127,9 @@ def test_teacher_and_score_predict_what_diffusers_does(made):
                 yield (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).numpy().transpose(0, 2, 3, 1)
 
         teacher = np.stack(list(pictures(3.0)))
+        trained = state.players["score"].params
         down, up = (
-            {name.removesuffix(f".lora.{end}.kernel"): np.asarray(leaf) for name, leaf in state.score.items()
+            {name.removesuffix(f".lora.{end}.kernel"): np.asarray(leaf) for name, leaf in trained.items()
              if f".lora.{end}" in name}
             for end in ("down", "up")
         )  # fmt: skip
@@ -137,4 +141,4 @@ def test_teacher_and_score_predict_what_diffusers_does(made):
     assert teacher.std() > 0.1 and np.abs(teacher - score).max() > 0.1
     assert np.abs(np.asarray(found[0]) - teacher).max() < 2e-3
     assert np.abs(np.asarray(found[1]) - score).max() < 2e-3
-    assert all(lora.is_lora(name) for name in state.score)
+    assert all(lora.is_lora(name) for name in state.players["score"].params)

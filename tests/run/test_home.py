@@ -36,7 +36,7 @@ def test_every_field_that_is_a_path(tmp_path, monkeypatch):
     config.clip.update(model="~/pipeline", decoder="~/taesd", weight=0.1)
     parts = read_parts(config)
     assert parts.teacher.directory == parts.student.directory == world / "pipeline" / "unet"
-    assert (parts.clip.directory, parts.decoder.directory) == (
+    assert (parts.networks["clip"].directory, parts.networks["decoder"].directory) == (
         world / "pipeline" / "clip",
         tmp_path / "taesd",
     )

@@ -59,7 +59,10 @@ def test_the_lora_of_a_run_is_where_another_starts(world, tmp_path):
     assert not any(leaf.any() for name, leaf in new.student.items() if ".up." in name), (
         "without a file: zeros"
     )
-    assert all(np.array_equal(new.score[name], leaf) for name, leaf in state.score.items())
+    assert all(
+        np.array_equal(new.players["score"].params[name], leaf)
+        for name, leaf in state.players["score"].params.items()
+    )
 
 
 def test_a_file_of_another_strength_starts_the_same_update(world, tmp_path, rng):
@@ -83,7 +86,7 @@ def file_of(world: Path, path: Path, *, alpha: float = 8.0, rank: int = 4, targe
     changes = {"student.lora.rank": rank} | ({"student.lora.targets": targets} if targets else {})
     config = make_config(world, **changes)
     run = assemble(config, read_parts(config))
-    save_lora(path, lora.split(run.models.student.init(0))[1], alpha)
+    save_lora(path, lora.base_and_factors(run.method.student.network.init(0))[1], alpha)
     return path
 
 

@@ -57,7 +57,7 @@ def test_the_estimate_is_what_is_held_and_what_grows_with_the_batch(world):
 def test_what_is_kept_for_the_backward_pass_is_what_jax_keeps(world):
     config, parts = world
     run = assemble(config, parts)
-    side, channels = run.objective.latent_shape[0], 16
+    side, channels = run.method.latent_shape[0], 16
     kept = memory.activations(run, remat=False)
     assert kept > 20 * 4 * side * side * channels, "tens of arrays of the first level's size"
     again = assemble(changed(config, remat="block"), parts)

@@ -1,0 +1,183 @@
+"""The stages of a training step: pure functions with only latents between them.
+
+random_numbers     step, key               -> all random numbers of the step
+encode             prompts                 -> text conditions, and what each term makes of its columns
+student forward    student, z              -> x, the student's one-step sample
+TERM prepare       players, x              -> what a term prepares without gradient, such as the VSD direction
+pull               x                       -> d loss / d x, in latent space, of all terms
+student backward   d loss / d x            -> the gradient to the student's parameters
+FOLLOWER forward, backward   x             -> the gradient to a player that follows the student
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sbv2_jax.devices.programs import ANYWHERE, INLINE, Placement, Programs
+from sbv2_jax.distill.method import Method
+from sbv2_jax.distill.player import Player
+from sbv2_jax.distill.random_numbers import keys_of_step
+from sbv2_jax.distill.state import Frozen, TrainState
+from sbv2_jax.distill.terms.term import Given, Term
+from sbv2_jax.models.conditions import Text
+from sbv2_jax.tree import Params
+
+Metrics = dict[str, jax.Array]
+
+# Token ids by the name of their column: "input_ids" for the text encoder, [B, S] or SDXL's [B, 2, S], and those
+# that the terms read.
+Batch = dict[str, jax.Array]
+
+
+class Conditions(NamedTuple):
+    """The prompts as the networks take them, and what each term encoded, by its name; [B, ...] all."""
+
+    text: Text
+    encoded: dict[str, Any]
+
+
+class StudentNoise(NamedTuple):
+    """The random numbers of the student's update: z [B, h, w, C], and each term's by its name, [B, ...]."""
+
+    z: jax.Array
+    terms: dict[str, Any]
+
+
+def random_numbers(
+    method: Method, key: jax.Array, step: jax.Array, batch_size: int
+) -> tuple[StudentNoise, dict[str, Any]]:
+    """Draws the whole batch's random numbers at once: the student's, and each follower's by its name.
+
+    They depend on the root key and the step alone: not on the mesh, nor on how the batch is accumulated.
+    The followers' arrays have a leading axis, that of a step's updates.
+    """
+
+    keys_of = keys_of_step(key, step)
+
+    def drawn(owner: Player | Term) -> Any:
+        return owner.draw(keys_of(owner.name), batch_size, method.latent_shape)
+
+    student = StudentNoise(drawn(method.student), {term.name: drawn(term) for term in method.terms})
+    return student, {player.name: drawn(player) for player in method.followers}
+
+
+def encode(method: Method, frozen: Frozen, batch: Batch) -> Conditions:
+    """Encodes the prompts, for the networks and for the terms."""
+    text = method.text_encoder.apply(frozen["text_encoder"], batch["input_ids"], method.latent_shape)
+    return Conditions(text, {term.name: term.encode(frozen, batch) for term in method.terms})
+
+
+def pull(
+    method: Method,
+    step: jax.Array,
+    params: dict[str, Params],
+    frozen: Frozen,
+    x: jax.Array,
+    conditions: Conditions,
+    noise: dict[str, Any],
+    prepared: dict[str, Any],
+) -> tuple[jax.Array, Metrics]:
+    """Returns d loss / d x, [B, h, w, C], and the metrics: all that the student's backward pass needs.
+
+    The loss is the weighted sum of every term's mean over the batch, taken in as many parts of the batch, one
+    after the other, as the term with the most `passes` asks for.
+    """
+    passes = max(term.passes for term in method.terms)
+
+    def loss(x: jax.Array, conditions: Conditions, noise: dict[str, Any], prepared: dict[str, Any]):
+        weighted, metrics = [], {}
+        for term in method.terms:
+            own = (part.get(term.name) for part in (noise, conditions.encoded, prepared))
+            losses, more = term.loss(Given(step, params, frozen, conditions.text, *own), x)
+            mean = jnp.mean(losses)
+            weighted.append(term.weight(step) * mean)
+            metrics[f"loss/{term.name}"] = mean
+            metrics |= {f"{term.name}/{name}": jnp.mean(value) for name, value in more.items()}
+        # Not from 0: the first sum would be one more operation.
+        return sum(weighted[1:], weighted[0]), metrics
+
+    def one_pass(*args: Any) -> tuple[Metrics, jax.Array]:
+        dx, metrics = jax.grad(loss, has_aux=True)(*args)
+        return metrics, dx / passes
+
+    metrics, dx = INLINE.average("pull", one_pass, passes, (x, conditions, noise, prepared))
+    return dx, metrics
+
+
+def student_gradient(
+    method: Method,
+    state: TrainState,
+    frozen: Frozen,
+    conditions: Conditions,
+    noise: StudentNoise,
+    programs: Programs = INLINE,
+    place: Placement = ANYWHERE,
+) -> tuple[Params, jax.Array, Metrics]:
+    """Returns the gradient to the student's parameters, its samples x without gradient, and the metrics."""
+    student, text = method.student, conditions.text
+    params = {name: player.params for name, player in state.players.items()}
+
+    def forward(trained: Params, frozen: Frozen, z: jax.Array, text: Text):
+        return jax.vjp(lambda trained: student.forward(trained, frozen, z, text), trained)
+
+    def prepare_of(term: Term) -> Callable:
+        def prepare(step, params, frozen, x, text, noise, encoded):
+            return term.prepare(Given(step, params, frozen, text, noise, encoded), x)
+
+        return prepare
+
+    x, backward = programs.run(
+        "student forward", forward, state.student, frozen, noise.z, text, out=(place.batch, None)
+    )
+    prepared = {
+        term.name: programs.run(
+            f"{term.name} prepare",
+            prepare_of(term),
+            *(state.step, params, frozen, x, text, noise.terms[term.name], conditions.encoded[term.name]),
+            out=place.batch,
+        )
+        for term in method.terms
+        if term.prepare is not None
+    }
+    dx, metrics = programs.run(
+        "pull",
+        lambda *args: pull(method, *args),
+        *(state.step, params, frozen, x, conditions, noise.terms, prepared),
+        out=(place.batch, place.whole),
+    )
+    (grads,) = programs.run("student backward", _pulled_back, backward, dx, out=(place.params(student.name),))
+    return grads, x, metrics
+
+
+def follower_gradient(
+    player: Player,
+    params: Params,
+    frozen: Frozen,
+    x: jax.Array,
+    text: Text,
+    noise: Any,
+    programs: Programs = INLINE,
+    place: Placement = ANYWHERE,
+) -> tuple[Params, Metrics]:
+    """Returns the gradient of a follower's mean loss on the samples x to its parameters, and the loss."""
+
+    def forward(params: Params, *others: Any):
+        return jax.vjp(lambda params: jnp.mean(player.forward(params, *others)), params)
+
+    value, backward = programs.run(
+        f"{player.name} forward", forward, params, frozen, x, text, noise, out=(place.whole, None)
+    )
+    (grads,) = programs.run(
+        f"{player.name} backward", _of_a_scalar, backward, out=(place.params(player.name),)
+    )
+    return grads, {f"loss/{player.name}": value}
+
+
+def _pulled_back(backward: Callable, dx: jax.Array) -> tuple[Params]:
+    return backward(dx)
+
+
+def _of_a_scalar(backward: Callable) -> tuple[Params]:
+    return backward(jnp.ones((), jnp.float32))

@@ -1,0 +1,93 @@
+"""A player: a network that a step trains, with its optimizer and what its gradient is taken of."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from sbv2_jax.diffusion.schedule import Schedule
+from sbv2_jax.distill.random_numbers import NamedKeys
+from sbv2_jax.distill.state import Frozen
+from sbv2_jax.models import lora
+from sbv2_jax.models.conditions import Text
+from sbv2_jax.models.network import Network
+from sbv2_jax.models.part import Part
+from sbv2_jax.models.registry import build
+from sbv2_jax.models.unet import Execution
+from sbv2_jax.tree import Params, Shapes, cast
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the players and terms of a run are built from, beside its configuration.
+
+    `parts` are the networks as their files describe them: "teacher", "student" (what it starts from) and those
+    that terms asked for; `schedules` are those of the first two. `optimizer(peak, updates_per_step)` makes one
+    with the run's settings. `players` are those that are built already.
+    """
+
+    parts: Mapping[str, Part]
+    schedules: Mapping[str, Schedule]
+    latent_shape: tuple[int, int, int]
+    compute_dtype: jnp.dtype
+    execution: Execution
+    optimizer: Callable[[float, int], optax.GradientTransformation]
+    players: Mapping[str, "Player"] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Player:
+    """A trained network: all of its weights, from those of `part`, or a LoRA on the frozen network `base`.
+
+    `updates` is how often a step updates it. A LoRA is drawn from the run's seed + `seed_offset`.
+    """
+
+    name: ClassVar[str]
+
+    network: Network
+    schedule: Schedule
+    optimizer: optax.GradientTransformation
+    part: Part | None = None
+    base: str | None = None
+    lora_scale: float = 1.0
+    seed_offset: int = 0
+    updates: int = 1
+    compute_dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def build(cls, config: ConfigDict, setting: Setting) -> "Player":
+        """Builds the player of a run."""
+        raise NotImplementedError
+
+    @property
+    def trained_shapes(self) -> Shapes:
+        """The abstract parameters that are trained."""
+        return self.network.shapes if self.base is None else lora.base_and_factors(self.network.shapes)[1]
+
+    @property
+    def frozen_parts(self) -> dict[str, Part]:
+        """The frozen network under its LoRA, if it is one, by the name that `Frozen` has for it."""
+        return {} if self.base is None else {self.base: self.part}
+
+    def weights(self, params: Params, frozen: Frozen) -> Params:
+        """Returns all parameters of the network in the compute dtype."""
+        return {**(frozen[self.base] if self.base else {}), **cast(params, self.compute_dtype)}
+
+    def draw(self, keys: NamedKeys, batch_size: int, latent_shape: tuple[int, ...]) -> Any:
+        """Returns the random numbers of a step: of one that follows the student, [updates, B, ...] each."""
+        raise NotImplementedError
+
+    def forward(self, params: Params, frozen: Frozen, x: jax.Array, text: Text, noise: Any) -> jax.Array:
+        """Returns what the gradient is taken of: the student's samples of x = z, or the loss [B] on samples x."""
+        raise NotImplementedError
+
+
+def with_lora(part: Part, execution: Execution, targets: str, rank: int) -> Network:
+    """Returns the network of a component with a LoRA on every dense layer that the regular expression matches."""
+    return Network(
+        lambda rngs: lora.attach(build(part.config, rngs, execution=execution), targets, rank, rngs)
+    )

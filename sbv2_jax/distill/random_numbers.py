@@ -1,0 +1,32 @@
+"""The random keys of a training step, each of a name of its own, so that a new one moves none of the others."""
+
+import zlib
+from collections.abc import Callable
+
+import jax
+
+# A key for a name such as "noise", within the term or player that asks for it.
+NamedKeys = Callable[[str], jax.Array]
+
+# These share out one split of the step's key; every other name has a key from the checksum of its letters.
+_FIRST = ("student/z", "vsd/noise", "vsd/t", "score/noise", "score/t", "score/null")
+
+
+def keys_of_step(root: jax.Array, step: jax.Array) -> Callable[[str], NamedKeys]:
+    """Returns, for the name of a term or player, its keys by name; `root` is the run's raw key, uint32 [2].
+
+    They depend on the root key, the step and the two names alone: not on the mesh, nor on what else is trained.
+    """
+    of_the_step = jax.random.fold_in(jax.random.wrap_key_data(root), step)
+    first = dict(zip(_FIRST, jax.random.split(of_the_step, len(_FIRST)), strict=True))
+
+    def keys_of(owner: str) -> NamedKeys:
+        def key(name: str) -> jax.Array:
+            full = f"{owner}/{name}"
+            return (
+                first[full] if full in first else jax.random.fold_in(of_the_step, zlib.crc32(full.encode()))
+            )
+
+        return key
+
+    return keys_of
