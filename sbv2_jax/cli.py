@@ -98,7 +98,7 @@ def call_command(argv: Sequence[str], commands: Mapping[str, Command], descripti
     """Calls the subcommand that begins a command line; raises InputError for what is wrong with it."""
     name = argv[0] if argv else ""
     if name in ("-h", "--help", "--version"):
-        listed = "".join(f"\n  {one:<16}{_doc(command)}" for one, command in commands.items())
+        listed = "".join(f"\n  {one:<18}{_doc(command)}" for one, command in commands.items())
         read_flags(argv[:1], (), f"{description}\n\ncommands (each has its own --help):{listed}", "COMMAND")
     if not name or name.startswith("-"):
         raise InputError(f"one command is expected: {', '.join(commands)}")

@@ -317,7 +317,7 @@ REFUSED = {
         ("extract-lora", "--model={}/x", "--base={}/x", "--rank=0", "--out={}/x"),
         "--rank=0: must be a whole number >= 1",
     ),
-    "twice": (("fuse", "--lora=a", "--lora=b"), "--lora is given twice; it takes one value"),
+    "twice": (("fuse", "--out=a", "--out=b"), "--out is given twice; it takes one value"),
     "no repository": (("to-diffusers", "--run={}/x", "--out={}/x", "--push_to_hub=a"), "a is not OWNER/NAME"),
     "no such run": (("to-diffusers", "--run={}/none", "--out={}/x"), "no checkpoint in"),
 }
