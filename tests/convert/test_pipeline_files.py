@@ -250,7 +250,7 @@ def test_a_pipeline_that_is_not_supported_is_refused(copied, file, changes, mess
         load_pipeline(copied)
 
 
-def test_a_missing_part_and_a_link_out_of_the_pipeline_are_refused(copied, tmp_path):
+def test_a_missing_part_and_a_link_out_of_a_download_are_refused(copied, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (copied / "vae").rename(tmp_path / "elsewhere" / "vae")
     with pytest.raises(InputError, match=f"{copied}/vae does not exist"):

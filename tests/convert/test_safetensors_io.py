@@ -229,26 +229,27 @@ def test_the_layout_of_the_cache_of_the_hub(tmp_path):
             file_of(unet, f"{i}.json")
 
 
-def test_mutated_files_are_errors_or_readable_and_memory_stays_bounded(tmp_path):
+@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_files_are_errors_or_readable_and_memory_stays_bounded(tmp_path, count):
     rng = np.random.default_rng(1)
     whole = save(tensors(rng), metadata={"format": "pt"})
     path = tmp_path / "x.safetensors"
     refused = 0
     tracemalloc.start()
-    for _ in range(600):
+    for _ in range(count):
         path.write_bytes(mutated(whole, rng))
         try:
             header = read_header(path)
             known = {name: info for name, info in header.items() if info.dtype in DTYPES}
             for mapped in (True, False):
                 for _, array in read_tensors(path, known, mapped=mapped):
-                    assert array.sum() is not None and array.nbytes <= len(whole)
+                    assert array.nbytes <= len(whole) and array.tobytes() is not None
         except InputError as error:
             refused += 1
             str(error).encode()  # prints anywhere
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert refused > 200
+    assert refused > count // 3
     assert peak < 20 * 2**20
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
+from made_run import command
 from parity import nchw
 from safetensors.numpy import load_file, save_file
 from tiny_pipeline import write_pipeline
@@ -25,6 +26,8 @@ from sbv2_jax.models import published
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.models.vae import VAEConfig
+from sbv2_jax.run.components import read_parts
+from sbv2_jax.run.config import default_config
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 
@@ -274,3 +277,31 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(made, tmp_path):
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x04.")
     with pytest.raises(InputError, match="is a pickle, which can run code"):
         resolve(tmp_path / "x.ckpt")
+
+
+def test_the_command_and_a_student_that_starts_from_a_file(made, tmp_path, monkeypatch):
+    family, pipeline, world = made
+    if family != "sd2":
+        pytest.skip("the flag is for this family")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, base = world / "model.safetensors", world / "other" / "pipeline"
+    arguments = ["from-single-file", f"--model={file}", f"--base={base}", f"--out={tmp_path / 'out'}"]
+    code, _, err = command(*arguments)
+    assert code == 2 and "--prediction_type=epsilon" in err and not (tmp_path / "out").exists()
+    code, _, err = command(*arguments, "--prediction_type=epsilon", "--dtype=float16")
+    assert code == 0, err
+    want = load_component(pipeline / "unet", dtype="float16").params
+    got = load_component(tmp_path / "out" / "unet").params
+    assert all(np.array_equal(got[name], want[name]) for name in want)
+    config = default_config()
+    config.teacher, config.student.init = str(base), str(file)
+    parts = read_parts(config)
+    student = load_component(parts.student.directory).params
+    want = load_component(pipeline / "unet").params
+    assert all(np.array_equal(student[name], want[name]) for name in want)
+    assert parts.student_schedule == parts.teacher_schedule
+    config.teacher = str(file)
+    with pytest.raises(
+        InputError, match="has no tokenizer and no scheduler: name the pipeline .*from-single-file"
+    ):
+        read_parts(config)
