@@ -49,6 +49,10 @@ class ProgressGrid:
         self._vae = place(host, shardings(self._student.vae.shapes, mesh))
         self._ids, self._null_ids = tokenizer.encode(prompts), tokenizer.encode([""])[0]
         self._noise = np.asarray(initial_noise(run.seed, range(len(prompts)), run.objective.latent_shape))
+        # Another noise than the student's, whose samples remember their own.
+        self._added = np.asarray(
+            initial_noise(run.seed, range(len(prompts), 2 * len(prompts)), run.objective.latent_shape)
+        )
         self._sharding = batch_sharding(mesh)
         of_a_device = max(1, AT_A_TIME // run.objective.latent_shape[0] ** 2)
         self._at_a_time = mesh.size * min(of_a_device, -(-len(prompts) // mesh.size))
@@ -64,10 +68,6 @@ class ProgressGrid:
         }
         self._weights = jax.jit(functools.partial(student_weights, run))
         self._times = times(run)
-        # Another noise than the student's, whose samples remember their own.
-        self._added = np.asarray(
-            initial_noise(run.seed, range(len(prompts), 2 * len(prompts)), run.objective.latent_shape)
-        )
         self._predicted = jax.jit(
             functools.partial(predicted, run, at=self._times),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
