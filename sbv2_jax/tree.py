@@ -66,10 +66,8 @@ def require_same(
     want: Mapping[str, Any],
     got_name: str,
     want_name: str,
-    *,
-    check_dtype: bool = False,
 ) -> None:
-    """Raises one InputError that lists every missing, extra or differently shaped (or typed) leaf."""
+    """Raises one InputError that lists every missing, extra or differently shaped leaf."""
     wrong = [f"missing {name} {want[name].shape}" for name in want if name not in got]
     wrong += [f"unexpected {name} {got[name].shape}" for name in got if name not in want]
     for name in want:
@@ -77,7 +75,5 @@ def require_same(
             continue
         if got[name].shape != want[name].shape:
             wrong.append(f"{name} has shape {got[name].shape}, expected {want[name].shape}")
-        elif check_dtype and got[name].dtype != want[name].dtype:
-            wrong.append(f"{name} has dtype {got[name].dtype}, expected {want[name].dtype}")
     if wrong:
         raise InputError(f"{got_name} does not match {want_name} in {len(wrong)} leaves: {listed(wrong)}")

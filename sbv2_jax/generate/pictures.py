@@ -30,16 +30,14 @@ def save_png(path: str | Path, picture: np.ndarray) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def grid(
-    columns: dict[str, np.ndarray], captions: Sequence[str], *, scale: int = 1, margin: int = 4
-) -> np.ndarray:
+def grid(columns: dict[str, np.ndarray], captions: Sequence[str], *, scale: int = 1) -> np.ndarray:
     """Returns a table of pictures, uint8 [H, W, 3]: a named column for each entry, a captioned row for each prompt.
 
     Every column is uint8 [rows, h, w, 3]; `scale` repeats the pixels of small pictures.
     """
     pictures = {name: batch.repeat(scale, 1).repeat(scale, 2) for name, batch in columns.items()}
     height, width = next(iter(pictures.values())).shape[1:3]
-    font = ImageFont.load_default(size=12)
+    font, margin = ImageFont.load_default(size=12), 4
     text_width = max(int(font.getlength(caption)) for caption in captions) + 2 * margin
     header = 20
     canvas = Image.new(

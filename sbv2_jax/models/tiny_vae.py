@@ -147,8 +147,6 @@ class AutoencoderTiny(Module):
     """A small autoencoder on Stable Diffusion's latents (Ollin Boer Bohan's TAESD)."""
 
     def __init__(self, config: TinyVAEConfig, rngs: nnx.Rngs):
-        self.latent_magnitude = config.latent_magnitude
-        self.latent_shift = config.latent_shift
         self.encoder = EncoderTiny(config, rngs)
         self.decoder = DecoderTiny(config, rngs)
 
@@ -166,14 +164,6 @@ class AutoencoderTiny(Module):
         for [-1, 1], but not clipped to it.
         """
         return self.decoder(latents)
-
-    def scale_latents(self, latents: jax.Array) -> jax.Array:
-        """Returns latents of any shape mapped to [0, 1] and clipped, to be stored as pixels."""
-        return jnp.clip(latents / (2 * self.latent_magnitude) + self.latent_shift, 0, 1)
-
-    def unscale_latents(self, latents: jax.Array) -> jax.Array:
-        """Returns the latents that `scale_latents` mapped to [0, 1]."""
-        return (latents - self.latent_shift) * (2 * self.latent_magnitude)
 
 
 def _run(layers: nnx.List, x: jax.Array) -> jax.Array:

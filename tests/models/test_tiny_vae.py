@@ -103,15 +103,6 @@ def test_gradient_through_the_decoder_equals_autograd(rng):
     assert relative_error(got, nhwc(variable.grad)) < BOUND
 
 
-def test_latents_scale_to_pixels_as_in_diffusers(rng):
-    theirs, ours = pair({**SMALL, "latent_magnitude": 2.5, "latent_shift": 0.4})
-    params = params_of(theirs, ours)
-    latents = 3 * rng.standard_normal((2, 5, 4, 4), np.float32)
-    for method in ("scale_latents", "unscale_latents"):
-        want = getattr(theirs, method)(torch.from_numpy(latents))
-        assert relative_error(ours.apply(params, latents, method=method), want) < 1e-6
-
-
 @pytest.mark.parametrize("values", [TAESD, SMALL])
 def test_names_are_those_of_diffusers(values):
     with torch.device("meta"):
