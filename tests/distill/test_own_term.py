@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documented import block
 from ml_collections import ConfigDict
 from tiny_pipeline import write_world
 
@@ -14,37 +15,7 @@ from sbv2_jax.distill.terms.term import Source, needed_sources, term_classes
 from sbv2_jax.errors import InputError
 
 TESTS = Path(__file__).parents[1]
-COLOUR = '''
-import dataclasses
-
-import jax.numpy as jnp
-
-from sbv2_jax.distill.terms.pictures import decoder
-from sbv2_jax.distill.terms.term import Source, Term
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Colour(Term):
-    """The mean colour of the decoded picture is to be a light pink."""
-
-    name = "colour"
-    decode: object
-
-    @classmethod
-    def sources(cls, config):
-        return {"painter": Source("vae_tiny", "vae_tiny", "the term's decoder")}
-
-    @classmethod
-    def build(cls, config, setting):
-        return cls(decode=decoder(setting, "painter", "the term's decoder"))
-
-    def weight(self, step):
-        return 5.0
-
-    def loss(self, given, x):
-        colours = self.decode(given.frozen["painter"], x).astype(jnp.float32).mean((1, 2))
-        return jnp.sum((colours - jnp.array([[0.9, 0.3, 0.5]])) ** 2, axis=1), {"red": colours[:, 0]}
-'''
+COLOUR = block("docs/extending.md", "a term")
 
 
 def test_a_term_outside_the_package_trains_saves_resumes_and_exports(tmp_path):
