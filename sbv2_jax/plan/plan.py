@@ -26,7 +26,7 @@ from sbv2_jax.run.build import Run, assemble
 from sbv2_jax.run.compilation import abstract_batch, compile_step, lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import validate
-from sbv2_jax.run.generators import student_of
+from sbv2_jax.run.generators import student_generator
 from sbv2_jax.tree import Shapes
 
 # What the compiler says when a program is too large depends on where it noticed.
@@ -132,7 +132,7 @@ def step_flops(config: ConfigDict, run: Run) -> float:
 
 
 def _compile_generate(run: Run, layout: Layout, programs: Recorded) -> Program:
-    generator, (_, frozen) = student_of(run), layout.abstract
+    generator, (_, frozen) = student_generator(run), layout.abstract
     batch, whole = layout.placement.batch, layout.placement.whole
 
     def sharded(shapes: Shapes) -> Shapes:

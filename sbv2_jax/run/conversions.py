@@ -97,25 +97,25 @@ def lora(given: Namespace) -> None:
 def fuse(given: Namespace) -> None:
     """Adds LoRAs to the weights of a model, in float32."""
     from sbv2_jax.convert.lora.fuse import fuse_file
-    from sbv2_jax.run.trained import open_model
+    from sbv2_jax.run.trained import open_run_or_model
 
-    fuse_file(open_model(given.model), given.lora, given.out, given.alpha, dtype=given.dtype)
+    fuse_file(open_run_or_model(given.model), given.lora, given.out, given.alpha, dtype=given.dtype)
 
 
 def merge(given: Namespace) -> None:
     """Writes the weighted sum of several models: SwiftBrush v2's join of its two trainings."""
     from sbv2_jax.convert.merge import merge_models
-    from sbv2_jax.run.trained import open_model
+    from sbv2_jax.run.trained import open_run_or_model
 
-    merge_models([open_model(one) for one in given.model], given.weight, given.out, dtype=given.dtype)
+    merge_models([open_run_or_model(one) for one in given.model], given.weight, given.out, dtype=given.dtype)
 
 
 def extract_lora(given: Namespace) -> None:
     """Writes the LoRA file that comes nearest to the difference of two models."""
     from sbv2_jax.convert.lora.extract import extract_file, summary
-    from sbv2_jax.run.trained import open_model
+    from sbv2_jax.run.trained import open_run_or_model
 
-    model, base = open_model(given.model), open_model(given.base)
+    model, base = open_run_or_model(given.model), open_run_or_model(given.base)
     print(summary(extract_file(model, base, given.rank, given.out, file_format=given.format)))
 
 

@@ -7,12 +7,12 @@ from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.run.build import Run
 
 
-def student_of(run: Run) -> Generator:
+def student_generator(run: Run) -> Generator:
     """Returns the student's generator; it takes all weights, a LoRA merged."""
     return _generator(run, run.parts.student.config, run.method.student.schedule)
 
 
-def teacher_of(run: Run) -> Generator:
+def teacher_generator(run: Run) -> Generator:
     """Returns the teacher's generator."""
     return _generator(run, run.parts.teacher.config, make_schedule(run.parts.teacher_schedule))
 

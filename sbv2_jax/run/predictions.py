@@ -11,7 +11,7 @@ from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.generate.inference import decode
 from sbv2_jax.models.conditions import like
 from sbv2_jax.run.build import Run
-from sbv2_jax.run.generators import teacher_of
+from sbv2_jax.run.generators import teacher_generator
 from sbv2_jax.tree import Params
 
 
@@ -61,7 +61,7 @@ def predicted(
 
         unconditional, conditional = jax.lax.map(output, jnp.array([False, True]))
         guided = classifier_free_guidance(conditional, unconditional, guidance)
-        return decode(teacher_of(run), vae, to_x0(schedule, guided, x_t, t))
+        return decode(teacher_generator(run), vae, to_x0(schedule, guided, x_t, t))
 
     rows = [
         (timestep, lora_scale, guidance)

@@ -18,7 +18,7 @@ from sbv2_jax.models import lora
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
 from sbv2_jax.run.arrays import place
 from sbv2_jax.run.build import Run
-from sbv2_jax.run.generators import student_of, teacher_of
+from sbv2_jax.run.generators import student_generator, teacher_generator
 from sbv2_jax.run.predictions import predicted, times
 from sbv2_jax.tree import Params, cast
 
@@ -44,7 +44,7 @@ class ProgressGrid:
         mesh: jax.sharding.Mesh,
     ):
         self._run, self._frozen, self._prompts = run, frozen, prompts
-        self._teacher, self._student = teacher_of(run), student_of(run)
+        self._teacher, self._student = teacher_generator(run), student_generator(run)
         host = load_component(run.parts.vae.directory, dtype=run.compute_dtype).params
         self._vae = place(host, shardings(self._student.vae.shapes, mesh))
         self._ids, self._null_ids = tokenizer.encode(prompts), tokenizer.encode([""])[0]

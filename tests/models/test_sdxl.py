@@ -33,7 +33,7 @@ from sbv2_jax.errors import InputError
 from sbv2_jax.fields import load
 from sbv2_jax.run.export import export_lora
 from sbv2_jax.run.loop import train
-from sbv2_jax.run.trained import open_model
+from sbv2_jax.run.trained import open_run_or_model
 
 pytestmark = pytest.mark.slow
 
@@ -209,7 +209,7 @@ def test_a_lora_file_draws_in_diffusers_what_the_export_does(world, tmp_path, no
     want = pipe(PROMPTS, latents=nchw(noise), **ONE_STEP).images
     assert np.abs(want - plain).max() > 20 / 255, "the LoRA matters"
     require_equal_pictures(sbv2_jax.load(made.directory / "export")(PROMPTS, noise=noise), want)
-    fuse_file(open_model(world / "pipeline"), file, tmp_path / "fused")
+    fuse_file(open_run_or_model(world / "pipeline"), file, tmp_path / "fused")
     fused, exported = (listing.tensors(one) for one in (tmp_path / "fused", made.directory / "export"))
     assert not listing.differences(fused, exported)
 
@@ -316,7 +316,7 @@ def test_a_lora_of_the_unet_and_both_towers_is_fused(world, tmp_path, noise, spe
     else:
         save_file(kohya_names(states, alpha=3.0), tmp_path / "lora.safetensors")
     want = pipe(PROMPTS, latents=nchw(noise), **ONE_STEP).images  # with the adapters still in it
-    fuse_file(open_model(world / "pipeline"), tmp_path / "lora.safetensors", tmp_path / "fused")
+    fuse_file(open_run_or_model(world / "pipeline"), tmp_path / "lora.safetensors", tmp_path / "fused")
     changed = listing.differences(listing.tensors(tmp_path / "fused"), listing.tensors(world / "pipeline"))
     assert {line.split(".")[0] for line in changed} == set(targets)
     require_equal_pictures(sbv2_jax.load(tmp_path / "fused")(PROMPTS, noise=noise), want)

@@ -21,7 +21,7 @@ from sbv2_jax.run.arrays import load_frozen, load_state, place
 from sbv2_jax.run.compilation import lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import default_config
-from sbv2_jax.run.generators import student_of
+from sbv2_jax.run.generators import student_generator
 from sbv2_jax.run.health import Health
 
 PROMPTS = ["a red apple", "dog"]
@@ -86,7 +86,7 @@ def made(tmp_path_factory):
     state = dataclasses.replace(state, score={name: jnp.asarray(leaf) for name, leaf in score.items()})
     vae = place(
         load_component(run.parts.vae.directory, dtype=jnp.float32).params,
-        shardings(student_of(run).vae.shapes, layout.mesh),
+        shardings(student_generator(run).vae.shapes, layout.mesh),
     )
     return world, run, frozen, state, vae
 
