@@ -24,7 +24,7 @@ _SAMPLER_FIELDS = """
     final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final
     original_inference_steps predict_x0 sample_max_value sigma_max sigma_min skip_prk_steps solver_order
     solver_p solver_type thresholding time_shift_type timestep_scaling use_beta_sigmas use_exponential_sigmas
-    use_karras_sigmas use_lu_lambdas predictor_order corrector_order tau_func noise_sampler_seed eta
+    use_karras_sigmas use_lu_lambdas predictor_order corrector_order tau_func noise_sampler_seed
 """
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
 _FLOW = "flow matching: x_t is (1 - t) x0 + t epsilon there, and its networks predict neither epsilon nor v"
