@@ -32,8 +32,7 @@ class Parts:
 
     `text_encoder_2` only for SDXL, and `zero_null` whether its null condition is zeros; `networks` are the frozen
     networks that the terms of the objective need, by the names that they have for them. `tokenizer` is that of the
-    text encoders, `term_tokenizers` those of the CLIPs among `networks`, which may be the same; published shapes have
-    none.
+    text encoders; published shapes have none.
     """
 
     teacher: Part
@@ -47,7 +46,6 @@ class Parts:
     networks: dict[str, Part] = dataclasses.field(default_factory=dict)
     pipeline: Path | None
     tokenizer: Tokenizer | TokenizerPair | None = None
-    term_tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
 
     @property
     def prompt_length(self) -> int:
@@ -58,9 +56,10 @@ class Parts:
 
     def term_prompt_length(self, clip: str) -> int:
         """Returns the tokens of a prompt for a CLIP among `networks`."""
-        if clip in self.term_tokenizers:
-            return self.term_tokenizers[clip].max_length
-        return self.networks[clip].config.text_config.max_position_embeddings
+        part = self.networks[clip]
+        if part.tokenizer is not None:
+            return part.tokenizer.max_length
+        return part.config.text_config.max_position_embeddings
 
     @property
     def text_encoders(self) -> dict[str, Part]:
@@ -84,7 +83,6 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
     student, student_schedule = teacher, pipeline.schedule_config
     if config.student.init != "teacher":
         student, student_schedule = _student(config.student.init, teacher.config, pipeline.schedule_config)
-    networks = {name: _network(source, pipeline) for name, source in _sources(config).items()}
     return Parts(
         teacher=teacher,
         teacher_schedule=pipeline.schedule_config,
@@ -93,14 +91,9 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
         **{name: _part(pipeline.component_dir(name)) for name in pipeline.text_encoders},
         zero_null=pipeline.zero_null,
         vae=_part(pipeline.component_dir("vae")),
-        networks=networks,
+        networks={name: _network(source, pipeline) for name, source in _sources(config).items()},
         pipeline=pipeline.directory,
         tokenizer=pipeline.tokenizer,
-        term_tokenizers={
-            name: _clip_tokenizer(part, pipeline)
-            for name, part in networks.items()
-            if isinstance(part.config, CLIPConfig)
-        },
     )
 
 
@@ -145,7 +138,8 @@ def _network(source: Source, pipeline: PipelineParts) -> Part:
         return _part(pipeline.component_dir(source.reference))
     part = _part(component_dir(resolve(source.reference), source.folder))
     if isinstance(part.config, CLIPConfig):
-        part = dataclasses.replace(part, image=_clip_image(part))
+        image, tokenizer = _clip_image(part), _clip_tokenizer(part, pipeline)
+        part = dataclasses.replace(part, image=image, tokenizer=tokenizer)
     return part
 
 
@@ -175,7 +169,7 @@ def _clip_image(clip: Part) -> CLIPImageConfig:
 
 
 def _clip_tokenizer(clip: Part, pipeline: PipelineParts) -> Tokenizer:
-    """Reads the tokenizer of the loss's CLIP: without files of its own, the pipeline's first one."""
+    """Reads the tokenizer of a term's CLIP: without files of its own, the pipeline's first one."""
     own = (clip.directory / "tokenizer_config.json").is_file()
     directory = clip.directory if own else pipeline.component_dir("tokenizer")
     return load_fitting(directory, clip.config.text_config)

@@ -203,7 +203,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
         logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)
     source = open_prompts(config.prompts, config.prompts_column)
     tokenizers = {"input_ids": run.parts.tokenizer}
-    tokenizers |= {column: run.parts.term_tokenizers[clip] for column, clip in run.method.columns.items()}
+    tokenizers |= {column: run.parts.networks[clip].tokenizer for column, clip in run.method.columns.items()}
     prompt_batches(source, config.batch_size, config.seed)  # too few prompts are an error here
     if jax.process_index() == 0:
         for line in (*notes_of(source), *filter(None, [describe_cut(source, tokenizers["input_ids"])])):
