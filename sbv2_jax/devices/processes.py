@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -89,16 +89,18 @@ def ending_together() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    finished = threading.Event()
-    threading.Thread(target=_watch, args=(finished,), name="others", daemon=True).start()
+    finished, said = threading.Event(), {}
+    threading.Thread(target=_watch, args=(finished, said), name="others", daemon=True).start()
     try:
         yield
     except BaseException as error:
         expected = isinstance(error, InputError | OSError)
-        if not expected and (said := _failures()):
-            _end_with(said)  # what JAX makes of a peer that has gone says less
+        if not expected and said | _failures(distributed.global_state.client):
+            time.sleep(
+                2 * _GRACE_SECONDS
+            )  # what JAX makes of a peer that has gone says less: the thread says more
         # The thread goes on: an error is no end yet, for a saver or JAX's own farewell may wait for the others.
-        _tell(2 if expected else 1, str(error) or type(error).__name__)
+        said[jax.process_index()] = _tell(2 if expected else 1, str(error) or type(error).__name__)
         raise
     finished.set()
 
@@ -118,37 +120,38 @@ def end(code: int, message: str) -> NoReturn:
     os._exit(code)
 
 
-def _tell(code: int, message: str) -> None:
-    line = " ".join(message.split())
+def _tell(code: int, message: str) -> str:
+    """Says to all processes how this one fails, and returns it."""
+    said = f"{code} {' '.join(message.split())[:_MESSAGE_BYTES]}"
     with contextlib.suppress(Exception):  # the service may be what has failed
         distributed.global_state.client.key_value_set(
-            f"{_FAILED}{jax.process_index()}", f"{code} {line[:_MESSAGE_BYTES]}", allow_overwrite=True
+            f"{_FAILED}{jax.process_index()}", said, allow_overwrite=True
         )
+    return said
 
 
-def _failures() -> dict[int, str]:
+def _failures(client: Any) -> dict[int, str]:
     """Returns what the processes that fail have said, by their numbers."""
     with contextlib.suppress(Exception):
-        said = distributed.global_state.client.key_value_dir_get(_FAILED)
-        return {int(key.rpartition("/")[2]): value for key, value in said}
+        return {int(key.rpartition("/")[2]): line for key, line in client.key_value_dir_get(_FAILED)}
     return {}
 
 
-def _watch(finished: threading.Event) -> None:
-    """Waits for the first process that says that it fails, and ends this one unless all do."""
-    while not _failures():
+def _watch(finished: threading.Event, said: dict[int, str]) -> None:
+    """Waits for the first process that says that it fails, and ends this one as that, unless all do.
+
+    `said` is what is known without the service, which JAX's farewell takes away.
+    """
+    client, own, count = distributed.global_state.client, jax.process_index(), jax.process_count()
+    while not said:
+        said |= _failures(client)
         if finished.wait(_POLL_SECONDS):
             return
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline:
-        if len(_failures()) == jax.process_count() or finished.wait(_POLL_SECONDS):
+        said |= _failures(client)
+        if len(said) == count or finished.wait(_POLL_SECONDS):
             return
-    _end_with(_failures())
-
-
-def _end_with(said: dict[int, str]) -> NoReturn:
-    """Ends this process as the first of those that fail does."""
-    own = jax.process_index()
     first = own if own in said else min(said)
     code, _, line = said[first].partition(" ")
     if first != own:

@@ -6,7 +6,6 @@ Before the first step there is nothing to save, and the run ends at once.
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -23,10 +22,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preempted(SystemExit):
-    """Ends the process with EXIT_PREEMPTED, and a line on stderr, once everything is closed."""
+    """Ends the process with EXIT_PREEMPTED where it is not caught; `message` is for who catches it."""
 
-    def __init__(self, step: int, of: str = ""):
-        print(f"stopped after step {step}{of}, which is saved: {AGAIN}", file=sys.stderr, flush=True)
+    def __init__(self, step: int, of: str):
+        self.message = f"stopped after step {step} of {of}, which is saved: {AGAIN}"
         super().__init__(EXIT_PREEMPTED)
 
 

@@ -130,7 +130,7 @@ def _advance(
             if last or number % settings.checkpoint_every == 0:
                 checkpoints.save(number, state)
             if preempted:
-                raise Preempted(number, f" of {stage.name}")
+                raise Preempted(number, stage.name)
             if last or number % settings.checkpoint_every == 0:
                 stage.preview(state.ema)
     return state

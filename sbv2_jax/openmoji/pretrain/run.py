@@ -1,5 +1,6 @@
 """The pre-training from beginning to end: the world, the tokenizer, five networks, one directory."""
 
+import sys
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ from sbv2_jax.openmoji.pretrain.bundle import write_bundle
 from sbv2_jax.openmoji.pretrain.dataset import World, open_world
 from sbv2_jax.openmoji.pretrain.stages import Stages
 from sbv2_jax.openmoji.pretrain.tokenizer import train_tokenizer
-from sbv2_jax.run.preemption import ends_at_once
+from sbv2_jax.run.preemption import Preempted, ends_at_once
 
 
 def pretrain(config: ConfigDict, workdir: str | Path, command: str) -> Path:
@@ -26,8 +27,12 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str) -> Path:
     """
     settings.validate(config)
     workdir = mounted(workdir)
-    with ends_at_once("beside the steps"):
-        return _pretrain(config, workdir, command)
+    try:
+        with ends_at_once("beside the steps"):
+            return _pretrain(config, workdir, command)
+    except Preempted as stopped:  # said where the progress bar is closed
+        print(stopped.message, file=sys.stderr, flush=True)
+        raise
 
 
 def _pretrain(config: ConfigDict, workdir: Path, command: str) -> Path:
