@@ -18,6 +18,7 @@ TESTS = Path(__file__).parents[1]
 COLOUR = block("docs/extending.md", "a term")
 
 
+@pytest.mark.slow
 def test_a_term_outside_the_package_trains_saves_resumes_and_exports(tmp_path):
     write_world(tmp_path)
     prompts = [
@@ -41,7 +42,8 @@ def test_a_term_outside_the_package_trains_saves_resumes_and_exports(tmp_path):
     assert found["same"], "interrupted or not, the same state to the bit"
     lines = found["lines"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert all(line["loss/vsd"] > 0 and not line["skipped"] for line in lines)
+    assert not any(line["skipped"] for line in lines)
+    assert lines[0]["loss/vsd"] == 0 < lines[1]["loss/vsd"], "at first the score model is the teacher"
     assert lines[-1]["loss/colour"] < 0.9 * lines[0]["loss/colour"], "the student follows the term"
     assert -1.5 < lines[0]["colour/red"] < 1.5
     assert len(found["picture"]) == 4
