@@ -86,6 +86,20 @@ def one_step(
     return to_x0(schedule, denoise(noise, t), noise, t)
 
 
+def interleaved(*trees: Any) -> Any:
+    """Returns n pytrees of arrays [B, ...] as one of [n B, ...], the n rows of each sample side by side.
+
+    To put one batch behind the other would move rows between the devices that a batch is split over.
+    """
+    return jax.tree.map(lambda *rows: jnp.stack(rows, axis=1).reshape(-1, *rows[0].shape[1:]), *trees)
+
+
+def separated(rows: jax.Array, count: int) -> list[jax.Array]:
+    """Returns the `count` arrays [B, ...] that `interleaved` made one of."""
+    parts = rows.reshape(-1, count, *rows.shape[1:])
+    return [parts[:, i] for i in range(count)]
+
+
 def guided(
     apply: Callable[[jax.Array, jax.Array, Any], jax.Array],
     conditional: Any,
@@ -94,20 +108,17 @@ def guided(
 ) -> Denoise:
     """Returns a `denoise` with classifier-free guidance that calls the network once, on a batch of 2 B.
 
-    `apply(x_t, t, context)` is the network; conditional and unconditional are pytrees of arrays [B, ...]. The
-    unconditional half comes first. A scale of 1 or less is none (`schedule.is_guided`): the conditional network
-    alone, at half the cost.
+    `apply(x_t, t, context)` is the network; conditional and unconditional are pytrees of arrays [B, ...]. The two
+    rows of a sample stand side by side (`interleaved`). A scale of 1 or less is none (`schedule.is_guided`): the
+    conditional network alone, at half the cost.
     """
     if not is_guided(scale):
         return lambda x, t: apply(x, t, conditional)
 
-    def double(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.concatenate([a, b])
-
-    context = jax.tree.map(double, unconditional, conditional)
+    context = interleaved(unconditional, conditional)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        without, with_ = jnp.split(apply(double(x, x), double(t, t), context), 2)
+        without, with_ = separated(apply(interleaved(x, x), interleaved(t, t), context), 2)
         return classifier_free_guidance(with_, without, scale)
 
     return denoise

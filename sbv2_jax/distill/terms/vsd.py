@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from sbv2_jax.diffusion.samplers import interleaved, separated
 from sbv2_jax.diffusion.schedule import (
     Schedule,
     add_noise,
@@ -124,7 +125,7 @@ class VSD(Term):
         less is none and has no unconditional rows.
         """
         score, noise, text = self.score, given.noise, given.text
-        schedule, count = score.schedule, x.shape[0]
+        schedule = score.schedule
         x_t = rounded(add_noise(schedule, x, noise.noise, noise.t), score.compute_dtype)
         null = like(given.frozen["null_text"], text)
         passes = [
@@ -134,12 +135,12 @@ class VSD(Term):
         ]
         output = score.network.apply(
             score.weights(given.params[score.name], given.frozen),
-            jnp.concatenate([x_t.astype(score.compute_dtype)] * len(passes)),
-            jnp.concatenate([noise.t] * len(passes)),
-            *jax.tree.map(lambda *rows: jnp.concatenate(rows), *(rows for rows, _ in passes)),
-            lora_scale=jnp.repeat(jnp.array([scale for _, scale in passes]), count),
+            interleaved(*[x_t.astype(score.compute_dtype)] * len(passes)),
+            interleaved(*[noise.t] * len(passes)),
+            *interleaved(*(rows for rows, _ in passes)),
+            lora_scale=interleaved(*(jnp.full(noise.t.shape, scale) for _, scale in passes)),
         )
-        rows = iter(jnp.split(output.astype(jnp.float32), len(passes)))
+        rows = iter(separated(output.astype(jnp.float32), len(passes)))
 
         def guided(guidance: float) -> jax.Array:
             conditional = next(rows)
