@@ -106,7 +106,7 @@ def start(script: str, *arguments, devices: int = 1) -> subprocess.Popen:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]),
+        "PYTHONPATH": os.pathsep.join(str(parent) for parent in Path(__file__).parents[:3]),
     }
     command = [sys.executable, "-c", "import test_checkpoint as t\n" + script, *map(str, arguments)]
     return subprocess.Popen(
