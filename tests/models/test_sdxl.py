@@ -280,16 +280,25 @@ def test_a_student_of_another_family_is_refused(world, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_tokenizers_of_different_lengths_are_refused(world, copied, tmp_path):
-    write_tokenizer(tmp_path / "long", 2, LENGTH + 1)
+@pytest.mark.parametrize(
+    "length, message",
+    [
+        (LENGTH - 1, f"the tokenizers give {LENGTH} and {LENGTH - 1} tokens a prompt"),
+        (
+            LENGTH + 1,
+            f"model_max_length={LENGTH + 1}, and the text encoder has max_position_embeddings={LENGTH}",
+        ),
+    ],
+)
+def test_tokenizers_of_different_lengths_are_refused(world, copied, tmp_path, length, message):
+    write_tokenizer(tmp_path / "other", 2, length)
     shutil.rmtree(copied / "tokenizer_2")
-    shutil.copytree(tmp_path / "long", copied / "tokenizer_2")
-    message = f"the tokenizers give {LENGTH} and {LENGTH + 1} tokens a prompt"
+    shutil.copytree(tmp_path / "other", copied / "tokenizer_2")
     with pytest.raises(InputError, match=message):
         sbv2_jax.load(copied)(PROMPTS)
     config = load(str(CONFIG))
     config.update_from_flattened_dict(fields(world, {"teacher": str(copied)}))
-    with pytest.raises(InputError, match="tokenizer_2: .length, vocabulary. is"):
+    with pytest.raises(InputError, match=message):
         train(config, tmp_path / "run")
 
 
