@@ -138,7 +138,7 @@ def test_metrics_are_float32_scalars(toy, plain_step):
     assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
     assert {value.shape for value in metrics.values()} == {()}
     assert metrics.keys() == {
-        "loss/vsd", "loss/clip", "loss/score", "clip/cosine", "latents/std",
+        "loss/vsd", "loss/clip", "loss/score", "clip/cosine", "clip/clamped", "latents/std",
         "grad_norm/student", "grad_norm/score", "skipped",
     }  # fmt: skip
 
