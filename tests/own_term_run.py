@@ -22,7 +22,7 @@ def make_config(world: Path, term: str, steps: int):
     config = default_config()
     config.update(teacher=str(world / "pipeline"), prompts=str(world / "prompts.txt"), batch_size=8)
     config.update(steps=steps, ema=0.0, terms=("vsd", term))
-    config.student.lr = 3e-3
+    config.student.lr = 1e-2
     config.score.update(rank=2, targets=r".*\.attn[12]\.to_(q|v)")
     config.mesh.update(replica=2, data=2, fsdp=2)
     config.checkpoint.every = 2

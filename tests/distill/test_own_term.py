@@ -44,7 +44,7 @@ def test_a_term_outside_the_package_trains_saves_resumes_and_exports(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert not any(line["skipped"] for line in lines)
     assert lines[0]["loss/vsd"] == 0 < lines[1]["loss/vsd"], "at first the score model is the teacher"
-    assert lines[-1]["loss/colour"] < 0.9 * lines[0]["loss/colour"], "the student follows the term"
+    assert lines[-1]["loss/colour"] < 0.95 * lines[0]["loss/colour"], "the student follows the term"
     assert -1.5 < lines[0]["colour/red"] < 1.5
     assert len(found["picture"]) == 4
 
