@@ -202,17 +202,17 @@ def test_remat_changes_no_number(rng):
     assert max(relative_error(ours[name], theirs[name]) for name in ours if np.any(theirs[name])) < 1e-4
 
 
-def test_bfloat16_parameters_give_a_bfloat16_forward(rng):
+def test_bfloat16_parameters_give_a_bfloat16_forward_with_a_float32_end(rng):
     config = UNetConfig.from_dict(CASES["sd21"])
     network = Network(lambda rngs: UNet2DConditionModel(config, rngs))
     params = cast(network.init(0), jnp.bfloat16)
     latents = jnp.asarray(rng.standard_normal((1, 8, 8, 4)), jnp.bfloat16)
     context = jnp.asarray(rng.standard_normal((1, 7, 48)), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(lambda p: network.apply(p, latents, np.array([5]), context))(params)
-    assert jaxpr.out_avals[0].dtype == jnp.bfloat16
-    convolutions = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
-    assert convolutions
-    assert all(e.outvars[0].aval.dtype == jnp.bfloat16 for e in convolutions)
+    assert jaxpr.out_avals[0].dtype == jnp.float32
+    *inner, last = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    assert inner and last.outvars[0].aval.dtype == jnp.float32
+    assert all(e.outvars[0].aval.dtype == jnp.bfloat16 for e in inner)
 
 
 @pytest.mark.parametrize(
