@@ -28,6 +28,8 @@ _FAILED = "sbv2_jax/failed/"
 _POLL_SECONDS = 0.25
 # So long a process may take to fail by itself of what failed another, before it is ended.
 _GRACE_SECONDS = 3.0
+# Set where all processes raise what one has met: each then closes what it holds, in its own time.
+_agreed = threading.Event()
 
 
 def join(coordinator: str | None, count: int | None, index: int | None, *, pod: bool = False) -> bool:
@@ -73,6 +75,8 @@ def together() -> Iterator[None]:
     if jax.process_count() > 1:
         messages = _shared(message)
         failed = [number for number, each in enumerate(messages) if each]
+        if failed:
+            _agreed.set()
         if failed and own is None:
             raise InputError(f"process {failed[0]}: {messages[failed[0]]}")
     if own is not None:
@@ -84,12 +88,13 @@ def ending_together() -> Iterator[None]:
     """Ends all processes within seconds of an error that one of them alone meets, wherever the others are.
 
     The others print it as `error: process N: ...` and exit with its code: 2 where the input or the system is to
-    blame, else 1. What all meet within a few seconds, as by `together`, each is left to end by itself.
+    blame, else 1. What all raise, as by `together`, each is left to end by itself.
     """
     if jax.process_count() == 1:
         yield
         return
     finished, said = threading.Event(), {}
+    _agreed.clear()
     threading.Thread(target=_watch, args=(finished, said), name="others", daemon=True).start()
     try:
         yield
@@ -150,7 +155,7 @@ def _watch(finished: threading.Event, said: dict[int, str]) -> None:
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline:
         said |= _failures(client)
-        if len(said) == count or finished.wait(_POLL_SECONDS):
+        if len(said) == count or _agreed.is_set() or finished.wait(_POLL_SECONDS):
             return
     first = own if own in said else min(said)
     code, _, line = said[first].partition(" ")

@@ -170,8 +170,8 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
                 metrics |= health.metrics(number, seconds, skipped=bool(metrics["skipped"]))
                 with processes.together():
                     log.write(number, metrics)
+                    guard.check(number, metrics)
                 preempted = preemption.requested()
-            guard.check(number, metrics)
             if preempted or number == config.steps or number % config.checkpoint.every == 0:
                 checkpoints.save(number, ready.state)
             if grid and (number == config.steps or number % config.sample.every == 0):
