@@ -54,9 +54,12 @@ def test_several_processes_give_the_run_of_one(world, alone, tmp_path, count):
         load_file(path / "export" / "unet" / "diffusion_pytorch_model.safetensors")
         for path in (tmp_path, alone)
     )
-    assert got.keys() == want.keys()
+    start = load_component(world / "pipeline" / "unet").params
+    assert got.keys() == want.keys() == start.keys()
+    # Adam makes a whole step of a gradient that is nothing but rounding: leaves are compared, not elements.
     for name in want:
-        np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        way = np.linalg.norm(want[name] - start[name])
+        assert np.linalg.norm(got[name] - want[name]) < 1e-2 * way, name
     assert (tmp_path / "samples" / "step_000003.png").is_file() == bool(pictures)
 
 

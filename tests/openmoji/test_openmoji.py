@@ -130,7 +130,7 @@ def test_flips_only_where_a_mirror_image_means_the_same():
 
 def test_a_picture_is_a_function_of_seed_and_index_in_any_process():
     code = (
-        "import hashlib\nfrom sbv2_jax.data import openmoji\n"
+        "import hashlib\nfrom sbv2_jax.openmoji import world as openmoji\n"
         "h = hashlib.sha256()\n"
         "for i in (40, 3, 17):\n"
         "    e = openmoji.example('train', i); h.update(e.image.tobytes() + e.caption.encode())\n"

@@ -358,7 +358,8 @@ def test_a_signal_while_the_world_is_drawn_ends_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == EXIT_PREEMPTED and "Traceback" not in error
-    assert "stopped by SIGINT beside the steps: nothing is lost" in error.splitlines()[-1]
+    # The line is another thread's: the bar of TFDS may move once more after it.
+    assert "stopped by SIGINT beside the steps: nothing is lost" in error
 
 
 # Settings and the command

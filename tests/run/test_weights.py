@@ -92,7 +92,7 @@ def test_the_plain_file_is_chosen_and_a_variant_if_it_is_the_only_one_or_asked_f
     (tmp_path / "model.bin").write_bytes(b"a pickle beside safetensors is left alone")
     assert chosen() == chosen(variant="fp16") == 1
     write("model.non_ema.safetensors", 2)
-    with pytest.raises(InputError, match="model.fp16.safetensors, model.non_ema.safetensors: choose one"):
+    with pytest.raises(InputError, match="model.fp16.safetensors, model.non_ema.safetensors: move all but"):
         chosen()
     write("model.safetensors", 3)
     assert (chosen(), chosen(variant="non_ema")) == (3, 2)

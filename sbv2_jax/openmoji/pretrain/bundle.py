@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.convert.formats.files import read_json, write_json
 from sbv2_jax.convert.formats.pipeline import save_pipeline
@@ -81,15 +79,9 @@ def write_bundle(
 
     Raises InputError where it would take more than `MAX_BYTES`.
     """
-    half = {
-        name: Component(
-            part.config, {leaf: np.asarray(array, np.float16) for leaf, array in part.params.items()}
-        )
-        for name, part in components.items()
-    }
     fresh = directory.with_name(f"{directory.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    save_pipeline(fresh, tokenizer_dir=tokenizer_dir, scheduler=SCHEDULER, **half)
+    save_pipeline(fresh, tokenizer_dir=tokenizer_dir, scheduler=SCHEDULER, dtype="float16", **components)
     for path in (fresh / "tokenizer").iterdir():
         shutil.copyfile(path, fresh / "clip" / path.name)
     for name in ("text_encoder", "clip"):
