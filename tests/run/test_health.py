@@ -83,9 +83,7 @@ def made(tmp_path_factory):
         name: leaf + rng.standard_normal(leaf.shape, np.float32)
         for name, leaf in state.players["score"].params.items()
     }
-    moved = dataclasses.replace(
-        state.players["score"], params={name: jnp.asarray(leaf) for name, leaf in score.items()}
-    )
+    moved = state.players["score"]._replace(params={name: jnp.asarray(leaf) for name, leaf in score.items()})
     state = dataclasses.replace(state, players=state.players | {"score": moved})
     vae = place(
         load_component(run.parts.vae.directory, dtype=jnp.float32).params,
