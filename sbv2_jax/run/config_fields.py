@@ -5,7 +5,7 @@ silent, SwiftBrush's published code. docs/results.md sets them beside the paper'
 """
 
 from sbv2_jax.devices.rules import DEFAULT_RULES
-from sbv2_jax.fields import Field, either, number, one_of, regex, rules, strings, text, whole
+from sbv2_jax.fields import Field, either, number, number_or_range, one_of, regex, rules, strings, text, whole
 
 FIELDS: dict[str, Field] = {
     "steps": Field(
@@ -73,13 +73,28 @@ FIELDS: dict[str, Field] = {
         r".*\.attn[12]\.to_(q|v)", regex, "The teacher's modules that get it: as for `student.lora.targets`."
     ),
     "score.updates_per_step": Field(
-        1, whole(1), "Score updates for one update of the student (DMD2 takes 5 to 10)."
+        1,
+        whole(1),
+        "Score updates for one update of the student, all but one on fresh prompts, noise and samples, as in DMD2, "
+        "which takes 5 to 10.",
     ),
     "score.null_prompt_probability": Field(
         0.1, number(0, 1), "How often a sample trains the score without its prompt."
     ),
+    "score.weighting": Field(
+        "epsilon",
+        one_of("epsilon", "v", "native"),
+        'Of the score model\'s loss: "epsilon": a_t^2 of the error in epsilon, as published, which is a_t^4 of that in '
+        'v, so that a v network hardly learns at large t; "v": the error in v; "native": in what the network predicts.',
+    ),
     "vsd.weight": Field(1.0, number(0), "Weight of the VSD loss in the student's objective."),
-    "vsd.guidance": Field(4.5, number(0), "Classifier-free guidance of the teacher; 1 or less is none."),
+    "vsd.guidance": Field(
+        4.5,
+        number_or_range(0),
+        "Classifier-free guidance of the teacher; 1 or less is none. Two numbers, (low, high): drawn for each sample, "
+        "uniformly, and taken as they are.",
+        mixed=True,
+    ),
     "vsd.score_guidance": Field(4.5, number(0), "And of the score model; without it costs one forward less."),
     "vsd.weighting": Field(
         "sbv2", one_of("sbv2", "dmd"), '"sbv2": s_t^2; "dmd": by the teacher\'s own error, in x0.'
@@ -176,7 +191,8 @@ FIELDS: dict[str, Field] = {
     "limits.latents_std": Field(
         0.0,
         number(0),
-        "A run whose `latents/std` is above it ends, before that step is saved; 0 lets all pass.",
+        "A run whose `latents/std` is above it ends; what is saved is below it, by what its student draws then. 0 lets "
+        "all pass.",
     ),
     "sample.every": Field(500, whole(0), "Steps between sample pictures; 0 draws none."),
     "sample.prompts": Field(

@@ -9,10 +9,13 @@ import torch
 import torch_reference
 from conftest import relative_error
 from diffusers import UNet2DConditionModel as TorchUNet
+from flax import nnx
+from scipy.stats import ks_2samp
 
 from sbv2_jax.convert.formats.names import params_to_torch
 from sbv2_jax.errors import InputError
 from sbv2_jax.models import lora
+from sbv2_jax.models.layers import Linear
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.unet import UNet2DConditionModel, UNetConfig
 from sbv2_jax.tree import cast
@@ -22,6 +25,13 @@ RANK, ALPHA = 3, 5.0
 SCALE = ALPHA / RANK
 # With attention on the way up as well, so that several blocks are matched.
 UNET = tiny_world.UNET | {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+
+
+class Two(nnx.Module):
+    """A dense layer of many inputs, and one that gets no LoRA."""
+
+    def __init__(self, features, rngs):
+        self.to_q, self.to_k = Linear(features, 8, rngs=rngs), Linear(features, 8, rngs=rngs)
 
 
 def unet(targets: str | None = None, rank: int = RANK) -> Network:
@@ -79,6 +89,38 @@ def test_a_fresh_lora_changes_nothing_and_can_learn(adapted):
     _, factors = lora.base_and_factors(adapted[0].init(0))
     for name, factor in factors.items():
         assert np.any(factor) == name.endswith("down.kernel"), name
+
+
+@pytest.mark.parametrize("features", [8, 320])
+def test_a_fresh_lora_starts_as_pefts(features):
+    """Both factors of a layer against PEFT's own of many ranks: `up` zero, `down` of one distribution and range."""
+    rank = 100_000 // features
+    network = Network(lambda rngs: lora.attach(Two(features, rngs), "to_q", rank, rngs))
+    torch.manual_seed(5)
+    layers = torch.nn.ModuleDict({"to_q": torch.nn.Linear(features, 8)})
+    settings = {"rank": rank, "alpha": ALPHA, "targets": "to_q"}
+    theirs = torch_reference.weights(torch_reference.with_lora(layers, settings))
+    ours = params_to_torch(lora.fresh_factors(network.shapes, 3))
+    down, up = (f"to_q.lora.{part}.weight" for part in ("down", "up"))
+    assert ours.keys() >= {down, up}
+    assert {name: leaf.shape for name, leaf in ours.items()} == {n: theirs[n].shape for n in (down, up)}
+    assert not theirs[up].any() and not ours[up].any()
+    assert np.abs(theirs[down]).max() <= features**-0.5 and np.abs(ours[down]).max() <= features**-0.5
+    # Kolmogorov and Smirnov: 100,000 numbers of one distribution each are apart by 0.0097 once in 10,000 times.
+    assert ks_2samp(ours[down].ravel(), theirs[down].ravel()).statistic < 0.0097
+    normal = np.random.default_rng(0).normal(0, (3 * features) ** -0.5, theirs[down].size)
+    assert ks_2samp(normal, theirs[down].ravel()).statistic > 0.05, "of the same deviation, and told apart"
+
+
+def test_a_factor_depends_on_its_name_and_the_seed_alone(adapted):
+    shapes = adapted[0].shapes
+    first, other = lora.fresh_factors(shapes, 3), lora.fresh_factors(shapes, 4)
+    names = [name for name in first if ".down." in name]
+    alone = lora.fresh_factors({names[2]: shapes[names[2]]}, 3)
+    np.testing.assert_array_equal(alone[names[2]], first[names[2]])
+    assert all(np.any(first[name] != other[name]) for name in names)
+    alike = [first[name] for name in names if first[name].shape == first[names[0]].shape]
+    assert len(alike) > 1 and len({leaf.tobytes() for leaf in alike}) == len(alike)
 
 
 def test_scale_zero_is_the_base_bit_for_bit(plain, adapted, inputs):

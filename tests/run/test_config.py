@@ -136,6 +136,7 @@ def test_the_number_of_steps_may_change_where_nothing_falls_towards_the_last(cha
         ("student.lora.targets", "(", "a regular expression (missing )"),
         ("score.null_prompt_probability", 1.5, "a finite number >= 0 and <= 1"),
         ("vsd.weighting", "DMD", "one of 'sbv2', 'dmd'"),
+        ("score.weighting", "x0", "one of 'epsilon', 'v', 'native', not 'x0'"),
         ("vsd.t_max", 1000, "a whole number from 1 to 999"),
         ("clip.tau", 2, "a finite number >= -1 and <= 1"),
         ("ema", 1.0, "a finite number >= 0 and < 1"),
@@ -236,3 +237,18 @@ def test_a_missing_file_and_an_unknown_argument(tmp_path):
 def test_jax_is_not_imported():
     script = "import sbv2_jax.run.config, sbv2_jax.cli, sys; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("value", [3, 0.0, (0.5, 4.0), [1.0, 2.0]])
+def test_a_guidance_is_a_number_or_a_range(value):
+    config = default_config()
+    config.vsd.guidance = value
+    validate(config)
+
+
+@pytest.mark.parametrize("value", [(4.0, 0.5), (1.0,), (1.0, 2.0, 3.0), (-1.0, 2.0), "4.5", True, (2.0, 2.0)])
+def test_a_guidance_that_is_neither_is_refused(value):
+    config = default_config()
+    config.vsd.guidance = value
+    with pytest.raises(InputError, match=r"config.vsd.guidance must be a finite number >= 0, or two of them"):
+        validate(config)
