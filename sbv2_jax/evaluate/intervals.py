@@ -77,14 +77,13 @@ def _with_intervals(
     for columns in models:
         weights = drawn[:, np.searchsorted(names, _prompts(metric, columns))]
         found.append(metric.resampled(weights, **metric.columns(columns)))
-    result = {}
-    for name, value in figures.items():
-        if name not in found[0]:
-            result[name] = Interval(value)
-            continue
+    result = {name: Interval(value) for name, value in figures.items()}
+    for name in figures.keys() & found[0].keys():
         values = found[0][name] - found[1][name] if len(found) > 1 else found[0][name]
-        low, high = _bounds(metric, values - values.mean(), len(names))
-        result[name] = Interval(value, value + low, value + high)
+        # Where a draw has nothing to measure, such as no prompt of several pictures, too few prompts have.
+        if np.isfinite(values).all():
+            low, high = _bounds(metric, values - values.mean(), len(names))
+            result[name] = Interval(figures[name], figures[name] + low, figures[name] + high)
     return result
 
 
@@ -104,7 +103,7 @@ def _bounds(metric: Metric, deviations: np.ndarray, prompts: int) -> tuple[float
         low, high = scale * np.quantile(deviations, [_TAIL, 1.0 - _TAIL])
         return float(low), float(high)
     half = prompts // 2
-    wide = _NORMAL_TAIL * float(deviations.std() * np.sqrt(half / (prompts - half)))
+    wide = _NORMAL_TAIL * float(deviations.std(ddof=1) * np.sqrt(half / (prompts - half)))
     return -wide, wide
 
 

@@ -137,6 +137,9 @@ def test_few_prompts_have_no_interval(rng):
     assert few.low is few.high is None and few.value == METRICS["kernel"].measure(**columns)["kernel"]
     enough = intervals(METRICS["precision_recall"], {**columns, "prompts": np.arange(57)}, resamples=20)
     assert enough["recall"].low is not None
+    prompts = np.concatenate([[0], np.arange(56)])
+    alone = intervals(METRICS["diversity"], {**columns, "prompts": prompts})["diversity"]
+    assert alone.value > 0 and alone.low is None, "one prompt has two pictures"
     metric = dataclasses.replace(METRICS["precision_recall"], k=40)
     assert intervals(metric, columns)["recall"].low is None, "half of 57 have no 40 neighbours"
 

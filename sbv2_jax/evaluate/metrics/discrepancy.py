@@ -7,10 +7,12 @@ import numpy as np
 from sbv2_jax.evaluate.metrics.neighbours import block_rows
 
 # From rows [n, D] and [m, D] to [n, m].
-Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
+KernelFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def discrepancy(kernel: Kernel, real: np.ndarray, fake: np.ndarray, *, unbiased: bool = True) -> float:
+def discrepancy(
+    kernel: KernelFunction, real: np.ndarray, fake: np.ndarray, *, unbiased: bool = True
+) -> float:
     """Returns the squared MMD of two sets of features, [M, D] and [N, D] (Gretton et al., 2012, lemma 6).
 
     Unbiased, without the kernel of a row with itself (equation 3), or with it (equation 5).
@@ -19,7 +21,7 @@ def discrepancy(kernel: Kernel, real: np.ndarray, fake: np.ndarray, *, unbiased:
 
 
 def discrepancies(
-    kernel: Kernel, real: np.ndarray, fake: np.ndarray, weights: np.ndarray, *, unbiased: bool = True
+    kernel: KernelFunction, real: np.ndarray, fake: np.ndarray, weights: np.ndarray, *, unbiased: bool = True
 ) -> np.ndarray:
     """Returns the squared MMD, [B], where the rows of `fake` count as often as weights [B, N] say.
 
@@ -31,7 +33,7 @@ def discrepancies(
     return constant + _within(kernel, fake, weights, unbiased) - 2.0 * across
 
 
-def _within(kernel: Kernel, rows: np.ndarray, weights: np.ndarray, unbiased: bool) -> np.ndarray:
+def _within(kernel: KernelFunction, rows: np.ndarray, weights: np.ndarray, unbiased: bool) -> np.ndarray:
     """Returns the mean kernel of two rows, [B], under each of the weights [B, N]."""
     total = np.zeros(len(weights))
     step = block_rows(len(rows))
@@ -48,7 +50,7 @@ def _within(kernel: Kernel, rows: np.ndarray, weights: np.ndarray, unbiased: boo
     return total / (np.square(counts) - (np.square(weights).sum(1) if unbiased else 0.0))
 
 
-def _across(kernel: Kernel, fake: np.ndarray, real: np.ndarray) -> np.ndarray:
+def _across(kernel: KernelFunction, fake: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Returns the mean kernel of each row of `fake` with those of `real`, [N]."""
     step = block_rows(len(real))
     return np.concatenate(

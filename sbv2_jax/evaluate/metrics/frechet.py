@@ -39,7 +39,8 @@ class Frechet(Metric):
             rows = np.repeat(np.arange(len(counts)), counts)
             mean = fake[rows].mean(0)
             variance = (squares[rows].sum() - len(rows) * mean @ mean) / (len(rows) - 1)
-            part = seen[rows] - seen[rows].mean(0)
+            part = seen[rows]
+            part -= part.mean(0)
             gram = part.T @ part if len(rows) > part.shape[1] else part @ part.T
             root = np.sqrt(np.maximum(np.linalg.eigvalsh(gram / (len(rows) - 1)), 0.0)).sum()
             found.append(mean @ mean + values.sum() + variance - 2.0 * root)
@@ -55,8 +56,10 @@ def frechet_distance(real: np.ndarray, fake: np.ndarray) -> float:
     """
     real, fake = features(real=real, fake=fake)
     difference = real.mean(0) - fake.mean(0)
-    scaled = [(rows - rows.mean(0)) / np.sqrt(len(rows) - 1) for rows in (real, fake)]
-    variances = sum(np.square(rows).sum() for rows in scaled)
+    scaled = [rows - rows.mean(0) for rows in (real, fake)]
+    for rows in scaled:
+        rows /= np.sqrt(len(rows) - 1)
+    variances = sum(np.vdot(rows, rows) for rows in scaled)
     return float(difference @ difference + variances - 2.0 * _trace_of_root(*scaled))
 
 
