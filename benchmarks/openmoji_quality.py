@@ -27,7 +27,8 @@ from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate.clip_score import clip_score
-from sbv2_jax.evaluate.distances import frechet_distance, kernel_distance
+from sbv2_jax.evaluate.metrics.frechet import frechet_distance
+from sbv2_jax.evaluate.metrics.kernel import kernel_distance
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.tokenizer import load_tokenizer
 from sbv2_jax.openmoji import world as openmoji

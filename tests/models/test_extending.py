@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from sbv2_jax.convert.formats.component import load_component, save_component
 from sbv2_jax.errors import InputError
+from sbv2_jax.evaluate.intervals import differences, intervals
 from sbv2_jax.models import registry
 from sbv2_jax.tree import require_same
 
@@ -20,11 +21,18 @@ def names_of(name: str) -> dict:
     return space
 
 
-def test_the_metric_measures_spread(rng):
-    spread = names_of("a metric")["feature_spread"]
-    features = rng.standard_normal((500, 7)) * 3 + 100
-    assert spread(features) == pytest.approx(np.cov(features.T, ddof=0).trace(), rel=1e-10)
-    assert spread(np.ones((9, 4))) == 0
+def test_a_metric_is_a_class_and_a_line(rng):
+    space = names_of("a metric")
+    line = block("docs/extending.md", "a metric's line").strip().removeprefix("+").strip()
+    (added,) = eval(compile(ast.parse(f"({line})", mode="eval"), "line", "eval"), space)
+    fake = rng.standard_normal((500, 7)) * 3 + 100
+    columns = {"fake": fake, "prompts": np.repeat(np.arange(100), 5), "real": fake[:9]}
+    found = intervals(added, columns, resamples=100)[added.name]
+    assert found.value == pytest.approx(np.cov(fake.T, ddof=0).trace(), rel=1e-10)
+    assert found.low < found.value < found.high < 1.2 * found.value
+    assert added.measure(fake=np.ones((9, 4))) == {"spread": 0}
+    wider = differences(added, columns | {"fake": 1.5 * fake}, columns, resamples=100)["spread"]
+    assert wider.value == pytest.approx(1.25 * found.value) and wider.low > 0
 
 
 def test_a_network_is_a_file_and_a_line(tmp_path, monkeypatch, rng):
