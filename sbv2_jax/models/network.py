@@ -78,9 +78,9 @@ def _initial(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.
     module, _, leaf = name.rpartition(".")
     if leaf == "logit_scale":
         return np.asarray(math.log(1 / 0.07), np.float32)  # CLIP's temperature (Radford et al., 2021)
-    if leaf == "scale":
+    if leaf in ("scale", "running_var"):
         return np.ones(shape, np.float32)
-    if leaf == "bias" or module.endswith("lora.up"):
+    if leaf in ("bias", "running_mean") or module.endswith("lora.up"):
         return np.zeros(shape, np.float32)
     if leaf == "kernel":
         deviation = 1.0 / shape[-1] if module.endswith("lora.down") else math.prod(shape[:-1]) ** -0.5
