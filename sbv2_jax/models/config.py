@@ -51,7 +51,7 @@ class ModelConfig:
         return {"_class_name": self.CLASS_NAME, **fixed, **dataclasses.asdict(self)}
 
 
-# What transformers 4 wrote into every config.json: text generation, labels, training. The networks here read none of it.
+# What transformers 4 wrote into every config.json: text generation, labels, training. No network here reads any of it.
 _GENERIC = """
     add_cross_attention bad_words_ids begin_suppress_tokens chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype

@@ -17,17 +17,28 @@ from sbv2_jax.models.layers import BatchNorm, Conv, Linear
 from sbv2_jax.models.module import Module
 
 SIDE = 299
+# of pt_inception-2015-12-05-6726825d.pth: torch's names of files end in the first eight digits of their SHA-256
+_PUBLISHED = "6726825d"
 _EPSILON = 0.001
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InceptionConfig(ModelConfig):
-    """The fields of an `InceptionV3`'s `config.json`: `num_classes` is 1008 in the graph of 2015."""
+    """The fields of an `InceptionV3`'s `config.json`: `num_classes` is 1008 in the graph of 2015.
+
+    `converted_from` is the SHA-256 of the file that the weights were converted from.
+    """
 
     CLASS_NAME: ClassVar[str] = "InceptionV3"
     STEM: ClassVar[str] = "model"
 
     num_classes: int = 1008
+    converted_from: str | None = None
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the weights are those that FID is defined by, which their file's name gives the start of."""
+        return (self.converted_from or "").startswith(_PUBLISHED)
 
 
 class BasicConv2d(Module):
