@@ -40,7 +40,9 @@ def save(path, value, zipped):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_every_tensor_is_the_one_that_torch_reads(tmp_path, zipped, wrapped):
     value = tensors()
-    path = save(tmp_path / "x.pth", {"state_dict": value, "epoch": 3, "lr": 0.1} if wrapped else value, zipped)
+    path = save(
+        tmp_path / "x.pth", {"state_dict": value, "epoch": 3, "lr": 0.1} if wrapped else value, zipped
+    )
     found = read_torch_file(path)
     assert found.keys() == value.keys()
     for name, tensor in value.items():
@@ -69,7 +71,9 @@ class Calls:
 def test_what_the_pickle_calls_is_named_and_not_called(tmp_path, zipped):
     trap = tmp_path / "called"
     path = save(tmp_path / "x.pth", {"w": torch.zeros(2), "trap": Calls(trap)}, zipped)
-    with pytest.raises(InputError, match=r"x.pth is a pickle that holds more than tensors: .*'(_io|io) open'"):
+    with pytest.raises(
+        InputError, match=r"x.pth is a pickle that holds more than tensors: .*'(_io|io) open'"
+    ):
         read_torch_file(path)
     assert not trap.exists()
 
@@ -120,7 +124,10 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
         read_torch_file(long)
     path = save(tmp_path / "y.pth", {"w": torch.zeros(250, 3)}, True)
     stepless = rewritten(
-        path, lambda data: data.replace(b"K\x03K\x01\x86", b"K\x00K\x00\x86").replace(b"K\xfaK\x03", b"M\xfa\xfaK\x03")
+        path,
+        lambda data: data.replace(b"K\x03K\x01\x86", b"K\x00K\x00\x86").replace(
+            b"K\xfaK\x03", b"M\xfa\xfaK\x03"
+        ),
     )
     with pytest.raises(InputError, match="'w' reaches out of its storage"):
         read_torch_file(stepless)

@@ -41,7 +41,9 @@ def test_lanczos_crop_is_that_of_pil_on_the_centre_square(rng, height, width, si
     # torchvision's center_crop, by hand: the margin to the nearest whole number, halves to the even one
     top, left = int(round((height - short) / 2.0)), int(round((width - short) / 2.0))
     square = Image.fromarray(picture).crop((left, top, left + short, top + short))
-    np.testing.assert_array_equal(resize.lanczos_crop(picture, side), square.resize((side, side), Image.LANCZOS))
+    np.testing.assert_array_equal(
+        resize.lanczos_crop(picture, side), square.resize((side, side), Image.LANCZOS)
+    )
 
 
 def test_what_is_not_square_is_squeezed_cropped_or_padded(rng):
