@@ -1,6 +1,7 @@
 """Networks of packages that import torchvision, which cannot be imported beside the pinned torch, without it.
 
-A package's `__init__` is left out: an empty module stands for it, and its other files are found as ever.
+They are installed without what they ask for: `pip install --no-deps -r tests/judges.txt`. An empty module stands for a
+package's `__init__`, and its other files are found as ever.
 """
 
 import importlib
@@ -63,8 +64,11 @@ def openclip(name: str) -> types.ModuleType:
 
 @contextmanager
 def _bare(package: str):
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ModuleNotFoundError(f"{package} is missing: pip install --no-deps -r tests/judges.txt")
     bare = types.ModuleType(package)
-    bare.__path__ = [str(Path(importlib.util.find_spec(package).origin).parent)]
+    bare.__path__ = [str(Path(spec.origin).parent)]
     with _present({package: bare}):
         yield
 

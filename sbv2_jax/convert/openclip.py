@@ -32,7 +32,8 @@ from sbv2_jax.models.clip_image import CLIP_MEAN, CLIP_STD, CLIPImageConfig
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import network
 
-_STEM = "open_clip_model"
+# The files of a CLIP: its configuration, and the beginning of the names of its weights.
+CONFIG, STEM = "open_clip_config.json", "open_clip_model"
 # What files of early versions hold besides parameters.
 _NOT_READ = frozenset({"attn_mask", "context_length", "input_resolution", "vocab_size"})
 # Variants of the transformer block, and of the layer that ends a tower: all of them off.
@@ -132,7 +133,7 @@ def find(model: str | Path, weights: str | Path | None = None) -> Path:
     With `weights` of its own nothing but its small files is fetched.
     """
     # the same CLIP may lie there for transformers, as large
-    return resolve(model, stems=(_STEM,) if weights is None else ())
+    return resolve(model, stems=(STEM,) if weights is None else ())
 
 
 def load(directory: Path, *, weights: str | Path | None = None) -> tuple[Component, CLIPImageConfig]:
@@ -142,7 +143,7 @@ def load(directory: Path, *, weights: str | Path | None = None) -> tuple[Compone
     InputError for settings that a CLIP of transformers does not have, and one that lists every missing and
     unexpected tensor, every wrong shape and type.
     """
-    config, image = read_config(file_of(directory, "open_clip_config.json"))
+    config, image = read_config(file_of(directory, CONFIG))
     sources = sources_of(network(config).shapes)
     source = str(directory if weights is None else weights)
     infos, read = _tensors(directory, None if weights is None else Path(weights).expanduser())
@@ -159,7 +160,7 @@ def _tensors(
 ) -> tuple[Mapping[str, TensorInfo], Callable[[set[str]], dict[str, np.ndarray]]]:
     """Returns what the file says of its tensors, and the function that reads those of some names."""
     if weights is None:
-        stored = open_weights(directory, _STEM)
+        stored = open_weights(directory, STEM)
         return stored.infos, lambda names: dict(stored.read(names, mapped=True))
     if weights.suffix not in PICKLE_SUFFIXES:
         infos = read_header(weights)

@@ -1,11 +1,13 @@
 """Cosines of pictures and captions against OpenCLIP's own model, and its layouts of files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import measured, relative_error
+from huggingface_hub.utils import filter_repo_objects
 from parity import randomised
 from PIL import Image
 from safetensors.torch import save_file
@@ -128,6 +130,37 @@ def test_image_features_are_of_length_one_and_of_the_centre_square(world, rng):
     assert relative_error(ours, expected) < 1e-5
     np.testing.assert_allclose(np.linalg.norm(ours, axis=-1), 1.0, rtol=1e-6)
     assert extractor.name == "clip" and list(extractor(pictures)) == ["features"]
+
+
+def test_of_a_hub_repository_in_both_layouts_one_is_fetched(world, tmp_path, monkeypatch):
+    _, directory = world
+    convert(directory, tmp_path / "hub")
+    for file in directory.iterdir():
+        shutil.copyfile(file, tmp_path / "hub" / file.name)
+    fetched = []
+
+    def snapshot_download(name, *, allow_patterns, ignore_patterns, **_):
+        snapshot = tmp_path / f"snapshot {len(fetched)}"
+        snapshot.mkdir()
+        files = filter_repo_objects(
+            [path.name for path in (tmp_path / "hub").iterdir()],
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+        )
+        for file in files:
+            shutil.copyfile(tmp_path / "hub" / file, snapshot / file)
+        fetched.append({path.name for path in snapshot.glob("*.safetensors")})
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    expected = open_image_text(directory).fingerprint
+    assert open_image_text("owner/clip").fingerprint == expected
+    assert set().union(*fetched) == {"open_clip_model.safetensors"}
+    (tmp_path / "hub" / "open_clip_model.safetensors").unlink()
+    fetched.clear()
+    assert open_image_text("owner/clip").fingerprint == expected
+    assert set().union(*fetched) == {"model.safetensors"}
 
 
 # OpenCLIP's own model_configs/*.json

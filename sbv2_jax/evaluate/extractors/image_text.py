@@ -24,9 +24,6 @@ from sbv2_jax.models.registry import network
 from sbv2_jax.models.tokenizer import Tokenizer, load_fitting
 from sbv2_jax.tree import Params
 
-# Weights of a hub repository that are fetched: those of transformers, and of OpenCLIP.
-_STEMS = ("model", "open_clip_model")
-
 Pairs = tuple[np.ndarray, Sequence[str]]
 
 
@@ -134,16 +131,28 @@ def open_clip(
 
 
 def _open(path: str | Path, weights: str | Path | None) -> tuple[Path, Component, CLIPImageConfig]:
-    directory = openclip.find(path, weights) if weights is not None else resolve(path, stems=_STEMS)
-    original = (directory / "open_clip_config.json").exists()
-    # a hub repository may hold both; the layout that was asked for is the one that has its weights there
-    if weights is not None or original and not (directory / "config.json").exists():
+    directory = _directory(path, weights)
+    if weights is not None or _has_openclip(directory):
         return directory, *openclip.load(directory, weights=weights)
     found = load_component(directory)
     if not isinstance(found.config, CLIPConfig):
         raise InputError(f"{directory} holds a {type(found.config).__name__}, a whole CLIP is expected")
     preprocessor = file_of(directory, PREPROCESSOR)
     return directory, found, CLIPImageConfig.from_dict(read_json(preprocessor), str(preprocessor))
+
+
+def _directory(path: str | Path, weights: str | Path | None) -> Path:
+    if weights is not None:
+        return openclip.find(path, weights)
+    # a hub repository often holds the same weights for both libraries: one of them is fetched
+    directory = resolve(path, stems=())
+    if (directory / openclip.CONFIG).exists():
+        directory = openclip.find(path)
+    return directory if _has_openclip(directory) else resolve(path, stems=("model",))
+
+
+def _has_openclip(directory: Path) -> bool:
+    return (directory / openclip.CONFIG).exists() and any(directory.glob(f"{openclip.STEM}*.safetensors"))
 
 
 def _fingerprint(clip: Component, image: CLIPImageConfig, resized: Resize) -> str:
