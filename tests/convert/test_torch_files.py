@@ -131,3 +131,23 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
     )
     with pytest.raises(InputError, match="'w' reaches out of its storage"):
         read_torch_file(stepless)
+
+
+@ZIPPED
+def test_a_file_with_flipped_bytes_gives_tensors_or_one_error(tmp_path, zipped):
+    data = save(tmp_path / "x.pth", {"state_dict": tensors(), "epoch": 3}, zipped).read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(1500):
+        changed = bytearray(data)
+        # most of the opcodes are in the first kilobyte
+        places = rng.integers(0, rng.choice([1500, len(data)]), rng.integers(1, 4))
+        for place, value in zip(places, rng.integers(0, 256, len(places)), strict=True):
+            changed[place] = value
+        (tmp_path / "y.pth").write_bytes(changed)
+        try:
+            read_torch_file(tmp_path / "y.pth")
+        except InputError as error:
+            refused += 1
+            assert "y.pth" in str(error)
+    assert refused > 100

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,8 +142,7 @@ def test_of_a_hub_repository_in_both_layouts_one_is_fetched(world, tmp_path, mon
     fetched = []
 
     def snapshot_download(name, *, allow_patterns, ignore_patterns, **_):
-        snapshot = tmp_path / f"snapshot {len(fetched)}"
-        snapshot.mkdir()
+        snapshot = Path(tempfile.mkdtemp(dir=tmp_path))
         files = filter_repo_objects(
             [path.name for path in (tmp_path / "hub").iterdir()],
             allow_patterns=allow_patterns,

@@ -46,7 +46,11 @@ def read_pickle(
         raise InputError(
             f"{source} is a pickle that holds more than tensors: {error}; it was not run"
         ) from error
-    except (ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, AttributeError) as error:
+    # a length that was changed asks for more memory than there is
+    except (
+        *(ValueError, TypeError, KeyError, IndexError, EOFError),
+        *(OverflowError, AttributeError, MemoryError),
+    ) as error:
         raise InputError(f"{source} is a broken pickle: {error}") from error
 
 

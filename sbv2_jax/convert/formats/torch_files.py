@@ -7,6 +7,7 @@ five pickles one after the other, and then the storages. Networks of those years
 import dataclasses
 import io
 import math
+import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,7 +62,11 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
             zipped = file.read(len(_ZIP_START)) == _ZIP_START
             file.seek(0)
             found, bytes_of = (_open_zip if zipped else _open_legacy)(file, str(path))
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # zipfile raises whatever it met, and so do values that torch never writes
         raise InputError(f"{path} cannot be read as a file of torch.save: {error}") from error
     state = found.get("state_dict", found) if isinstance(found, dict) else None
     if not isinstance(state, dict):
@@ -95,12 +100,12 @@ def _open_legacy(file: BinaryIO, source: str) -> tuple[Any, Mapping[str, bytes]]
         raise InputError(f"{source} was saved on a machine of the other byte order")
     storages: dict[str, _Storage] = {}
     found = read_pickle(file, source, known=_known(), persistent=_persistent(storages))
-    bytes_of = {}
+    size, bytes_of = os.fstat(file.fileno()).st_size, {}
     for key in read_pickle(file, source):
         count = int.from_bytes(file.read(8), "little")
         if key not in storages or count != storages[key].count:
             raise InputError(f"{source}: the storage {key!r} is not the one that its tensors name")
-        bytes_of[key] = file.read(count * storages[key].dtype.itemsize)
+        bytes_of[key] = file.read(min(count * storages[key].dtype.itemsize, size))
     return found, bytes_of
 
 
