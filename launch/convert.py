@@ -4,7 +4,8 @@ python launch/convert.py to-diffusers --run=RUN --out=DIR [--step=N] [--which=st
     [--init=START] [--dtype=TYPE] [--push_to_hub=OWNER/NAME]
 python launch/convert.py to-diffusers --model=ORBAX_DIR --out=DIR [--dtype=TYPE]
 python launch/convert.py from-diffusers --model=DIR_OR_ID --out=ORBAX_DIR [--dtype=TYPE]
-python launch/convert.py from-openclip --model=DIR_OR_ID --out=DIR
+python launch/convert.py from-openclip --model=DIR_OR_ID --out=DIR [--weights=FILE]
+python launch/convert.py from-inception --model=FILE.pth --out=DIR
 python launch/convert.py from-single-file --model=FILE.safetensors --out=DIR [--base=DIR_OR_ID] [--dtype=TYPE]
     [--prediction_type=epsilon|v_prediction]
 python launch/convert.py lora --run=RUN --out=FILE.safetensors [--step=N] [--which=student|ema|score]

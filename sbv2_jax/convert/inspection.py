@@ -53,7 +53,7 @@ def _of_network(directory: Path) -> dict[str, Tensor]:
     config = load_config(directory)
     if has_params(directory):
         return _of_params(read_params(directory, network(config).shapes))
-    weights = open_weights(directory, "diffusion_pytorch_model" if config.CLASS_NAME else "model")
+    weights = open_weights(directory, config.STEM)
     today = current_names(class_of(config), weights.infos, str(directory))
     found = {}
     for path in dict.fromkeys(weights.files.values()):

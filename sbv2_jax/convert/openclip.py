@@ -4,17 +4,27 @@ The names are those of `formats.openclip_names`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sbv2_jax.convert.formats.component import write_component
+import numpy as np
+
+from sbv2_jax.convert.formats.component import Component, write_component
 from sbv2_jax.convert.formats.files import file_of, new_directory, read_json
+from sbv2_jax.convert.formats.finite import is_finite, refuse_not_finite
 from sbv2_jax.convert.formats.names import params_from_torch
 from sbv2_jax.convert.formats.openclip_names import Source, sources_of, tensor_of
 from sbv2_jax.convert.formats.resolve import resolve
-from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo
+from sbv2_jax.convert.formats.safetensors_io import (
+    DTYPES,
+    PICKLE_SUFFIXES,
+    TensorInfo,
+    read_header,
+    read_tensors,
+)
 from sbv2_jax.convert.formats.side_files import copy_clip_files, write_preprocessor
+from sbv2_jax.convert.formats.torch_files import read_torch_file
 from sbv2_jax.convert.formats.weight_files import open_weights
 from sbv2_jax.errors import InputError, listed
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -22,7 +32,8 @@ from sbv2_jax.models.clip_image import CLIP_MEAN, CLIP_STD, CLIPImageConfig
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.registry import network
 
-_STEM = "open_clip_model"
+# The files of a CLIP: its configuration, and the beginning of the names of its weights.
+CONFIG, STEM = "open_clip_config.json", "open_clip_model"
 # What files of early versions hold besides parameters.
 _NOT_READ = frozenset({"attn_mask", "context_length", "input_resolution", "vocab_size"})
 # Variants of the transformer block, and of the layer that ends a tower: all of them off.
@@ -103,26 +114,66 @@ class _Pictures(ModelConfig):
     std: tuple[float, ...] = CLIP_STD
 
 
-def convert(model: str | Path, out: str | Path) -> None:
+def convert(model: str | Path, out: str | Path, *, weights: str | Path | None = None) -> None:
     """Writes a CLIP of OpenCLIP as a directory that transformers, and this package, load; types are kept.
 
-    `model` is a directory, or a hub id, with `open_clip_config.json` and `open_clip_model.safetensors`; a tokenizer
-    that lies there too is copied. Raises InputError as `resolve` does, for settings that a CLIP of transformers does
-    not have, and one that lists every missing and unexpected tensor, every wrong shape and type; nothing is written
-    then.
+    A tokenizer that lies beside it is copied. Raises InputError as `load` does, and writes nothing then.
     """
-    directory = resolve(model, stems=(_STEM,))  # the same CLIP may lie there for transformers, as large
-    config, image = read_config(file_of(directory, "open_clip_config.json"))
-    weights = open_weights(directory, _STEM)
-    sources = sources_of(network(config).shapes)
-    _match(weights.infos, sources, str(directory))
-    read = dict(weights.read({source.name for source in sources.values()}, mapped=True))
-    tensors = {name: tensor_of(read[source.name], source) for name, source in sources.items()}
-    params = params_from_torch(tensors, network(config).shapes)
+    directory = find(model, weights)
+    clip, image = load(directory, weights=weights)
     with new_directory(out) as partial:
-        write_component(partial, config, params)
+        write_component(partial, clip.config, clip.params)
         copy_clip_files(directory, partial)
         write_preprocessor(partial, image)  # over one that was copied
+
+
+def find(model: str | Path, weights: str | Path | None = None) -> Path:
+    """Returns the directory of a CLIP of OpenCLIP, a path or a hub id; raises InputError as `resolve` does.
+
+    With `weights` of its own nothing but its small files is fetched.
+    """
+    # the same CLIP may lie there for transformers, as large
+    return resolve(model, stems=(STEM,) if weights is None else ())
+
+
+def load(directory: Path, *, weights: str | Path | None = None) -> tuple[Component, CLIPImageConfig]:
+    """Reads a CLIP of OpenCLIP: a directory with `open_clip_config.json` and `open_clip_model.safetensors`.
+
+    `weights` is a file in place of the latter, also one of torch.save (`torch_files`), as HPSv2 is published. Raises
+    InputError for settings that a CLIP of transformers does not have, and one that lists every missing and
+    unexpected tensor, every wrong shape and type.
+    """
+    config, image = read_config(file_of(directory, CONFIG))
+    sources = sources_of(network(config).shapes)
+    source = str(directory if weights is None else weights)
+    infos, read = _tensors(directory, None if weights is None else Path(weights).expanduser())
+    _match(infos, sources, source)
+    found = read({one.name for one in sources.values()})
+    tensors = {name: tensor_of(found[one.name], one) for name, one in sources.items()}
+    if wrong := [one.name for name, one in sources.items() if not is_finite(tensors[name])]:
+        refuse_not_finite(list(dict.fromkeys(wrong)), source)
+    return Component(config, params_from_torch(tensors, network(config).shapes)), image
+
+
+def _tensors(
+    directory: Path, weights: Path | None
+) -> tuple[Mapping[str, TensorInfo], Callable[[set[str]], dict[str, np.ndarray]]]:
+    """Returns what the file says of its tensors, and the function that reads those of some names."""
+    if weights is None:
+        stored = open_weights(directory, STEM)
+        return stored.infos, lambda names: dict(stored.read(names, mapped=True))
+    if weights.suffix not in PICKLE_SUFFIXES:
+        infos = read_header(weights)
+        return infos, lambda names: dict(
+            read_tensors(weights, {name: infos[name] for name in names}, mapped=True)
+        )
+    arrays = read_torch_file(weights)
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    infos = {
+        name: TensorInfo(kinds.get(array.dtype, str(array.dtype)), array.shape)
+        for name, array in arrays.items()
+    }
+    return infos, lambda names: {name: arrays[name] for name in names}
 
 
 def read_config(path: Path) -> tuple[CLIPConfig, CLIPImageConfig]:
@@ -181,7 +232,7 @@ def _to_transformers(both: _Model, vision: _Vision, text: _Text) -> CLIPConfig:
     )
 
 
-def _match(infos: Mapping[str, TensorInfo], sources: Mapping[str, Source], directory: str) -> None:
+def _match(infos: Mapping[str, TensorInfo], sources: Mapping[str, Source], source: str) -> None:
     shapes: dict[str, Any] = {source.name: source.shape for source in sources.values()}
     wrong = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in infos]
     for name, info in infos.items():
@@ -196,5 +247,5 @@ def _match(infos: Mapping[str, TensorInfo], sources: Mapping[str, Source], direc
             wrong.append(f"{name} has type {info.dtype}, expected one of {', '.join(DTYPES)}")
     if wrong:
         raise InputError(
-            f"{directory} does not fit its open_clip_config.json in {len(wrong)} tensors: {listed(wrong)}"
+            f"{source} does not fit its open_clip_config.json in {len(wrong)} tensors: {listed(wrong)}"
         )

@@ -2,55 +2,22 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sbv2_jax.models.attention import attention
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.config import TransformersConfig
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, Embed, LayerNorm, Linear, shape_only
 from sbv2_jax.models.module import Module
 
 T = TypeVar("T")
 
-# What transformers 4 wrote into every config.json: text generation, labels, training. CLIP reads none of it.
-_GENERIC = """
-    add_cross_attention bad_words_ids begin_suppress_tokens chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
-    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_factor initializer_range is_decoder
-    is_encoder_decoder label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups
-    num_beams num_return_sequences output_attentions output_hidden_states output_scores prefix
-    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    use_bfloat16 use_cache
-"""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _CLIPBaseConfig(ModelConfig):
-    """What the three configurations share: transformers' layout of the file instead of diffusers'."""
-
-    IGNORED: ClassVar[frozenset[str]] = frozenset(_GENERIC.split())
-
-    architectures: tuple[str, ...] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the values to write back, in transformers' layout."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values = {k: v.to_dict() if isinstance(v, ModelConfig) else v for k, v in values.items()}
-        if self.architectures is None:
-            del values["architectures"]
-        else:
-            values["architectures"] = list(self.architectures)
-        return {"model_type": self.FIXED["model_type"][0], **values}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TowerConfig(_CLIPBaseConfig):
+class _TowerConfig(TransformersConfig):
     """The fields that a text and a vision tower have in common."""
 
     hidden_size: int
@@ -100,7 +67,7 @@ class CLIPVisionConfig(_TowerConfig):
     """The vision tower; `vision_config` of a CLIP's config.json."""
 
     FIXED = {"model_type": ("clip_vision_model",), "attention_dropout": (0.0,), "pruned_heads": ({},)}
-    IGNORED = _CLIPBaseConfig.IGNORED | {"bos_token_id", "eos_token_id", "pad_token_id"}
+    IGNORED = TransformersConfig.IGNORED | {"bos_token_id", "eos_token_id", "pad_token_id"}
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -111,11 +78,11 @@ class CLIPVisionConfig(_TowerConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CLIPConfig(_CLIPBaseConfig):
+class CLIPConfig(TransformersConfig):
     """Both towers and the space that they share; the towers' own `projection_dim` is not read."""
 
     FIXED = {"model_type": ("clip",), "pruned_heads": ({},)}
-    IGNORED = _CLIPBaseConfig.IGNORED | {"bos_token_id", "eos_token_id", "pad_token_id"}
+    IGNORED = TransformersConfig.IGNORED | {"bos_token_id", "eos_token_id", "pad_token_id"}
 
     text_config: CLIPTextConfig = CLIPTextConfig()
     vision_config: CLIPVisionConfig = CLIPVisionConfig()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -70,27 +71,31 @@ class Linear(NoPytree, nnx.Linear):
 class Conv(NoPytree, nnx.Conv):
     """A 2-D convolution over [B, H, W, C] with PyTorch's symmetric padding.
 
-    `padding` is in pixels on each side. "SAME" would pad a strided convolution on one side only.
+    `kernel` is its side, or height and width. `padding` is in pixels on each side; "SAME" is TensorFlow's, which pads a
+    strided convolution more at the right and at the bottom. A kernel sees the channels of one of `groups`.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel: int,
+        kernel: int | tuple[int, int],
         *,
         stride: int = 1,
-        padding: int | None = None,
+        padding: int | Literal["SAME"] | None = None,
+        groups: int = 1,
         use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
-        pad = kernel // 2 if padding is None else padding
+        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
+        pads = [side // 2 if padding is None else padding for side in sides]
         super().__init__(
             in_channels,
             out_channels,
-            (kernel, kernel),
+            sides,
             strides=(stride, stride),
-            padding=((pad, pad), (pad, pad)),
+            padding="SAME" if padding == "SAME" else tuple((pad, pad) for pad in pads),
+            feature_group_count=groups,
             use_bias=use_bias,
             kernel_init=shape_only,
             bias_init=shape_only,
@@ -119,6 +124,22 @@ class LayerNorm(NoPytree, nnx.LayerNorm):
 
     def __init__(self, channels: int, epsilon: float, rngs: nnx.Rngs):
         super().__init__(channels, epsilon=epsilon, use_fast_variance=False, **_NORM_INIT, rngs=rngs)
+
+
+class BatchNorm(Module):
+    """Batch normalisation of [B, H, W, C] by the running statistics that a trained network carries."""
+
+    def __init__(self, channels: int, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(shape_only(None, (channels,)))
+        self.bias = nnx.Param(shape_only(None, (channels,)))
+        self.running_mean = nnx.Param(shape_only(None, (channels,)))
+        self.running_var = nnx.Param(shape_only(None, (channels,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        factor = self.scale.get_value() * jax.lax.rsqrt(self.running_var.get_value() + self.epsilon)
+        shift = self.bias.get_value() - self.running_mean.get_value() * factor
+        return x * factor.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
 
 
 def sinusoidal_embedding(

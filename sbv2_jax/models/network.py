@@ -82,9 +82,9 @@ def _initial(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.
     leaf = name.rpartition(".")[2]
     if leaf == "logit_scale":
         return np.asarray(math.log(1 / 0.07), np.float32)  # CLIP's temperature (Radford et al., 2021)
-    if leaf == "scale":
+    if leaf in ("scale", "running_var"):
         return np.ones(shape, np.float32)
-    if leaf == "bias":
+    if leaf in ("bias", "running_mean"):
         return np.zeros(shape, np.float32)
     deviation = math.prod(shape[:-1]) ** -0.5 if leaf == "kernel" else 0.02
     return deviation * rng.standard_normal(shape, np.float32)

@@ -15,6 +15,9 @@ from sbv2_jax.models.clip import (
     CLIPTextModelWithProjection,
 )
 from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.dinov2 import Dinov2Config, Dinov2Model
+from sbv2_jax.models.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+from sbv2_jax.models.inception import InceptionConfig, InceptionV3
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from sbv2_jax.models.unet import PLAIN, Execution, UNet2DConditionModel, UNetConfig
@@ -27,9 +30,12 @@ _CLASSES: dict[str, tuple[type[ModelConfig], type[nnx.Module]]] = {
     "CLIPTextModel": (CLIPTextConfig, CLIPTextModel),
     "CLIPTextModelWithProjection": (CLIPTextConfig, CLIPTextModelWithProjection),
     "CLIPModel": (CLIPConfig, CLIPModel),
+    "Dinov2Model": (Dinov2Config, Dinov2Model),
+    "InceptionV3": (InceptionConfig, InceptionV3),
+    "EfficientNetLite": (EfficientNetLiteConfig, EfficientNetLite),
 }
 # What transformers builds from a file that does not say its `architectures`.
-_MODEL_TYPES = {"clip_text_model": "CLIPTextModel", "clip": "CLIPModel"}
+_MODEL_TYPES = {"clip_text_model": "CLIPTextModel", "clip": "CLIPModel", "dinov2": "Dinov2Model"}
 
 
 def class_name(values: Mapping[str, Any], source: str = "config.json") -> str:

@@ -67,7 +67,14 @@ def from_openclip(given: Namespace) -> None:
     """Writes a CLIP that OpenCLIP published as one of transformers."""
     from sbv2_jax.convert import openclip
 
-    openclip.convert(given.model, given.out)
+    openclip.convert(given.model, given.out, weights=given.weights)
+
+
+def from_inception(given: Namespace) -> None:
+    """Writes the Inception of FID that pytorch-fid publishes as a directory; its pickle is not run."""
+    from sbv2_jax.convert import inception
+
+    inception.convert(given.model, given.out)
 
 
 def from_single_file(given: Namespace) -> None:
@@ -147,7 +154,22 @@ COMMANDS = {
         to_diffusers,
     ),
     "from-diffusers": Command((_MODEL, _OUT, _DTYPE), from_diffusers),
-    "from-openclip": Command((_MODEL, _OUT), from_openclip),
+    "from-openclip": Command(
+        (
+            _MODEL._replace(help="A directory or hub id with an open_clip_config.json."),
+            _OUT,
+            Flag(
+                "weights",
+                "A file of other weights for it, .safetensors or of torch.save, as HPSv2 is.",
+                path,
+                text(),
+            ),
+        ),
+        from_openclip,
+    ),
+    "from-inception": Command(
+        (_MODEL._replace(help="pt_inception-2015-12-05-6726825d.pth."), _OUT), from_inception
+    ),
     "from-single-file": Command(
         (
             _MODEL._replace(help="A .safetensors file."),

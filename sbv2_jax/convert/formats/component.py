@@ -56,7 +56,7 @@ def check_component(directory: str | Path) -> ModelConfig:
     if orbax_files.has_params(directory):
         orbax_files.check_params(directory, network(config).shapes)
         return config
-    weights = open_weights(directory, _stem(config))
+    weights = open_weights(directory, config.STEM)
     _match(class_of(config), weights, network(config).shapes, str(directory))
     return config
 
@@ -69,7 +69,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     config, directory = load_config(directory), Path(directory)
     if orbax_files.has_params(directory):
         return [path for path in sorted((directory / orbax_files.FOLDER).rglob("*")) if path.is_file()]
-    return list(dict.fromkeys(open_weights(directory, _stem(config)).files.values()))
+    return list(dict.fromkeys(open_weights(directory, config.STEM).files.values()))
 
 
 def load_component(
@@ -90,7 +90,7 @@ def load_component(
         stored = orbax_files.read_params(directory, network(config).shapes)
         refuse_not_finite([name for name in stored if not is_finite(stored[name])], str(directory))
         return Component(config, {name: _cast(name, stored[name], dtype) for name in sorted(stored)})
-    weights = open_weights(directory, _stem(config), variant=variant)
+    weights = open_weights(directory, config.STEM, variant=variant)
     ours = _match(class_of(config), weights, network(config).shapes, str(directory))
     # What is cast is read and let go; the rest stays where it is, in the file.
     mapped = all(dtype in (None, weights.infos[name].dtype) for name in ours)
@@ -208,11 +208,7 @@ def write_component(
     def tensor(name: str) -> np.ndarray:
         return _cast(ours[name], to_torch(ours[name], np.asarray(params[ours[name]])), dtype)
 
-    write_weights(directory, _stem(config), infos, tensor, max_shard_bytes=max_shard_bytes)
-
-
-def _stem(config: ModelConfig) -> str:
-    return "diffusion_pytorch_model" if config.CLASS_NAME else "model"
+    write_weights(directory, config.STEM, infos, tensor, max_shard_bytes=max_shard_bytes)
 
 
 def _format_name(dtype: Any) -> str:

@@ -11,6 +11,8 @@ from sbv2_jax.models.clip import tensors_of_file, without_influence
 
 # diffusers before 0.12; the checkpoints of SD 1.x and 2.x still carry these names.
 _VAE_ATTENTION = re.compile(r"((?:en|de)coder\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.(\w+)")
+# What training alone reads.
+_TRAINING = {("Dinov2Model", "embeddings.mask_token")}
 _VAE_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -24,7 +26,7 @@ def current_names(class_name: str, names: Iterable[str], source: str) -> dict[st
     renamed: dict[str, str] = {}
     unused = []
     for name in names:
-        if without_influence(class_name, name):
+        if without_influence(class_name, name) or (class_name, name) in _TRAINING:
             unused.append(name)
             continue
         if class_name.startswith("CLIP"):

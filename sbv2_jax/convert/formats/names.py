@@ -49,12 +49,12 @@ def params_from_torch(
 
     Raises InputError that lists every missing or extra name and every wrong shape, named as in `source`.
     """
-    ours = torch_names(shapes)
-    converted = {
-        ours.get(name, name): to_ours(ours.get(name, name), array) for name, array in tensors.items()
+    expected = {
+        torch_name(name): to_torch(name, np.broadcast_to(np.float32(0), leaf.shape))
+        for name, leaf in shapes.items()
     }
-    require_same(converted, shapes, source, "the network of its config.json")
-    return {name: converted[name] for name in shapes}
+    require_same(tensors, expected, source, "the network of its config.json")
+    return {name: to_ours(name, tensors[torch_name(name)]) for name in shapes}
 
 
 def params_to_torch(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
