@@ -46,8 +46,15 @@ def merge_models(
 ) -> None:
     """Writes the first model with the weighted sum of the UNets of all; `dtype` as for `save_model`.
 
-    Raises InputError for weights that do not sum to 1, and, listing every difference, for UNets of other shapes
-    or settings and for models of other noise schedules; nothing is written then.
+    Raises InputError as `merged` does; nothing is written then.
+    """
+    save_model(out, models[0], merged(models, weights), dtype=dtype)
+
+
+def merged(models: Sequence[Model], weights: Sequence[float]) -> dict[str, np.ndarray]:
+    """Returns the weighted sum of the UNets of models.
+
+    Raises InputError for weights that do not sum to 1, and as `require_mergeable` does.
     """
     if len(models) < 2 or len(models) != len(weights):
         raise InputError(
@@ -55,6 +62,12 @@ def merge_models(
         )
     if not abs(math.fsum(weights) - 1) <= 1e-6:
         raise InputError(f"the weights {', '.join(f'{one:g}' for one in weights)} do not sum to 1")
+    require_mergeable(models)
+    return weighted_sum([model.unet.params for model in models], weights)
+
+
+def require_mergeable(models: Sequence[Model]) -> None:
+    """Raises InputError, listing every difference, for UNets of other shapes or settings, or of other schedules."""
     first, *others = models
     for other in others:
         require_alike(first, other)
@@ -64,7 +77,6 @@ def merge_models(
     schedules = [_schedule(model) for model in models if model.scheduler is not None]
     for schedule in schedules[1:]:
         _require_equal(schedules[0], schedule, "the pipelines' schedules")
-    save_model(out, first, weighted_sum([model.unet.params for model in models], weights), dtype=dtype)
 
 
 def _settings(config: object) -> dict[str, object]:

@@ -14,7 +14,7 @@ import numpy as np
 from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline, save_pipeline
 from sbv2_jax.diffusion import samplers
-from sbv2_jax.diffusion.schedule import Schedule, is_guided, make_schedule
+from sbv2_jax.diffusion.schedule import Schedule, ScheduleConfig, is_guided, make_schedule
 from sbv2_jax.distill.student import rollout
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.conditions import Text, TextEncoder, join_towers, like, split_towers
@@ -208,20 +208,32 @@ def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
     In float16 an autoencoder of SDXL that says `force_upcast`, since it overflows there, stays in float32.
     Raises InputError for a path that is missing and for files that do not fit the networks.
     """
-    parts = load_pipeline(path_or_id, dtype=dtype)
-    unet, vae = parts.configs["unet"], parts.configs["vae"]
-    if unet.sample_size is None:
+    return ready(load_pipeline(path_or_id, dtype=dtype), str(path_or_id), dtype=dtype)
+
+
+def ready(
+    parts: PipelineParts,
+    name: str,
+    *,
+    unet: Component | None = None,
+    schedule: ScheduleConfig | None = None,
+    dtype: Any = jnp.float32,
+) -> Pipeline:
+    """Makes an opened pipeline ready to draw, with another UNet and noise schedule in place of its own if given.
+
+    `name` is for messages. Raises InputError as `load` does.
+    """
+    config, vae = unet.config if unet else parts.configs["unet"], parts.configs["vae"]
+    if config.sample_size is None:
+        raise InputError(f"{name}: unet/config.json does not say a sample_size: write it, the latents' side")
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if config.sample_size % factor:
         raise InputError(
-            f"{path_or_id}: unet/config.json does not say a sample_size: write it, the latents' side"
-        )
-    factor = 2 ** (len(unet.block_out_channels) - 1)
-    if unet.sample_size % factor:
-        raise InputError(
-            f"{path_or_id}: unet/config.json says sample_size={unet.sample_size}: a multiple of {factor} is drawn"
+            f"{name}: unet/config.json says sample_size={config.sample_size}: a multiple of {factor} is drawn"
         )
     generator = Generator(
-        unet=network(unet),
-        schedule=make_schedule(parts.schedule_config),
+        unet=network(config),
+        schedule=make_schedule(schedule or parts.schedule_config),
         text_encoder=TextEncoder(
             {name: network(parts.configs[name]) for name in parts.text_encoders},
             downsampling=vae.downsampling,
@@ -234,11 +246,13 @@ def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
     vae_dtype = jnp.float32 if upcast and jnp.dtype(dtype) == jnp.float16 else dtype
     # Not the cached parts: they would stay on the host as well.
     params = GeneratorParams(
-        unet=jax.device_put(parts.component("unet").params),
+        unet=jax.device_put(
+            cast(unet.params, dtype) if unet else parts.component("unet", dtype=dtype).params
+        ),
         text_encoder=join_towers(
-            {name: jax.device_put(parts.component(name).params) for name in parts.text_encoders}
+            {name: jax.device_put(parts.component(name, dtype=dtype).params) for name in parts.text_encoders}
         ),
         vae=jax.device_put(parts.component("vae", dtype=vae_dtype).params),
     )
-    shape = (unet.sample_size, unet.sample_size, unet.in_channels)
+    shape = (config.sample_size, config.sample_size, config.in_channels)
     return Pipeline(generator, params, parts.tokenizer, shape, parts)

@@ -162,11 +162,22 @@ def new_file(path: str | Path) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     if os.path.lexists(path):
         raise InputError(f"{path} exists; nothing was written")
+    with replaced_file(path) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def replaced_file(path: str | Path) -> Iterator[Path]:
+    """Gives a path to write a file at, which takes the place of `path`, if there is one, in one rename.
+
+    Raises InputError where it cannot be written; what was there stays then.
+    """
+    path = Path(os.path.abspath(path))
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        os.rename(partial, path)
+        os.replace(partial, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

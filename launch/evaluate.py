@@ -1,0 +1,142 @@
+"""Measures pictures by a published protocol, or by the OpenMoji world's, and writes a report.
+
+python launch/evaluate.py --protocol=openmoji --model=bundled,steps=25,guidance=3 --model=runs/openmoji \
+    --out=runs/quality
+python launch/evaluate.py --protocol=openmoji --split=validation --model=bundled --steps=1,4,25 \
+    --guidance=1:7.5:0.5 --out=runs/sweep
+python launch/evaluate.py --protocol=coco30k-sbv2 --prompts=captions_val2014.json --real=val2014 \
+    --inception=inception --clip=ViT-g-14 --model=runs/full --out=runs/coco
+
+Killed and started again, it goes on. Each row after the first is compared with the first.
+"""
+
+import os
+import shlex
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from sbv2_jax import cli
+from sbv2_jax.cli import Flag, path
+from sbv2_jax.errors import InputError
+from sbv2_jax.fields import one_of, text, whole
+
+PROTOCOLS = ("openmoji", "coco30k-sbv2", "coco30k-dmd2", "hpsv2")
+KINDS = ("seen", "recombined", "held_out")
+NETWORKS = ("inception", "clip", "hpsv2", "hpsv2_weights", "cmmd", "dinov2")
+FLAGS = (
+    Flag("protocol", f"One of {', '.join(PROTOCOLS)}.", str, one_of(*PROTOCOLS), required=True),
+    Flag(
+        "model",
+        "A pipeline (a directory, a hub id, 'bundled'), or a run; may be given several times. Settings of its own "
+        "follow with commas: steps=, guidance=, sampler=, of a run step= and which=student|ema.",
+        path,
+        text(),
+        several=True,
+    ),
+    Flag(
+        "pictures",
+        "A folder of a picture for each prompt, or 'real'; may be given several times.",
+        path,
+        text(),
+        several=True,
+    ),
+    Flag("merge", "Two models, A,B: their weighted sums for each --weight.", path, text()),
+    Flag("weight", "Weights of A: numbers, or FIRST:LAST:BETWEEN.", default="0:1:0.1"),
+    Flag("steps", "Steps: numbers with commas.", default="1"),
+    Flag("guidance", "Guidance: numbers with commas, or FIRST:LAST:BETWEEN.", default="1"),
+    Flag("sampler", "The sampler of more than one step, 'ddim' or 'dpm'.", str, one_of("ddim", "dpm"), "dpm"),
+    Flag(
+        "seed",
+        "Seed of the noise; may be given several times. Default: 0.",
+        int,
+        whole(0, 2**32 - 1),
+        several=True,
+    ),
+    Flag("out", "The directory of the report.", path, text(), required=True),
+    Flag("count", "Prompts. Default: the protocol's own number.", int, whole(2)),
+    Flag("images", "Pictures of each prompt (openmoji).", int, whole(1), default=1),
+    Flag("kind", f"Which prompts (openmoji): {', '.join(KINDS)}.", str, one_of(*KINDS), "recombined"),
+    Flag(
+        "split",
+        "Prompts to choose settings by, or to report (openmoji).",
+        str,
+        one_of("validation", "test"),
+        "test",
+    ),
+    Flag("prompts", "The file of captions.", path, text()),
+    Flag("column", "The column or key of the captions in that file.", default=""),
+    Flag("real", "The folder of real pictures.", path, text()),
+    Flag("inception", "Inception's weights: a directory of convert.py from-inception.", path, text()),
+    Flag("clip", "The CLIP of the CLIP score, in the layout of transformers or OpenCLIP.", path, text()),
+    Flag("hpsv2", "The ViT-H-14 of HPSv2, in OpenCLIP's layout.", path, text()),
+    Flag("hpsv2_weights", "The weights of HPSv2, HPS_v2_compressed.pt.", path, text()),
+    Flag("cmmd", "The CLIP of CMMD.", path, text()),
+    Flag("dinov2", "DINOv2, in the layout of transformers.", path, text()),
+    Flag(
+        "channels",
+        "Order of colours for precision and recall: 'bgr' is that of the published figures.",
+        str,
+        one_of("rgb", "bgr"),
+        "rgb",
+    ),
+    Flag("batch_size", "Pictures drawn at a time.", int, whole(1), default=64),
+)
+
+
+def main(given: Namespace) -> None:
+    # jax is loaded only once the flags are right
+    from sbv2_jax.devices.cache import use_cache
+    from sbv2_jax.run import evaluation
+
+    use_cache()
+    protocol, real = _protocol(given)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    evaluation.run(
+        protocol,
+        models=given.model,
+        merge=given.merge,
+        folders=given.pictures,
+        real=real,
+        steps=given.steps,
+        guidance=given.guidance,
+        weight=given.weight,
+        sampler=given.sampler,
+        seeds=given.seed or [0],
+        batch_size=given.batch_size,
+        out=Path(given.out),
+        cache=Path(home) / "sbv2_jax" / "references",
+        command=shlex.join(["python", "launch/evaluate.py", *sys.argv[1:]]),
+    )
+
+
+def _protocol(given: Namespace):
+    """Returns the protocol that was asked for, and the real pictures of its own prompts, where it has them."""
+    if given.protocol == "openmoji":
+        foreign = ("prompts", "real", "inception", "hpsv2", "hpsv2_weights", "cmmd", "dinov2")
+        if wrong := [f"--{name}" for name in foreign if getattr(given, name)]:
+            raise InputError(f"--protocol=openmoji does not take {', '.join(wrong)}")
+        from sbv2_jax.evaluate.extractors.image_text import open_image_text
+
+        from sbv2_jax.openmoji.protocol import openmoji, real_pictures
+
+        settings = {"kind": given.kind, "split": given.split, "count": given.count or 2000}
+        clip = (lambda: open_image_text(given.clip)) if given.clip else None
+        return openmoji(**settings, images=given.images, clip=clip), real_pictures(
+            **settings, images=given.images
+        )
+    from sbv2_jax.evaluate import presets
+
+    cli.require(given, ["prompts"], f"--protocol={given.protocol}")
+    weights = {name: getattr(given, name) for name in NETWORKS if getattr(given, name)}
+    common = {"prompts": given.prompts, "column": given.column, "weights": weights}
+    if given.protocol == "hpsv2":
+        return presets.hpsv2(**common, count=given.count), None
+    common |= {"real": given.real, "count": given.count or presets.COCO_PICTURES}
+    if given.protocol == "coco30k-dmd2":
+        return presets.coco30k_dmd2(**common), None
+    return presets.coco30k_sbv2(**common, official_bgr=given.channels == "bgr"), None
+
+
+if __name__ == "__main__":
+    cli.run_flags(main, FLAGS, __doc__)

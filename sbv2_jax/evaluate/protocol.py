@@ -1,0 +1,62 @@
+"""A protocol: which prompts are drawn, what the pictures are compared with, and by which metrics of which networks."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sbv2_jax.evaluate.metrics.metric import Metric
+from sbv2_jax.evaluate.pictures import Pictures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """The metrics that are measured with one network.
+
+    `open` loads the network when it is needed: an `Extractor`, or with `captions` an `ImageText`, which sees a
+    picture beside its caption. `prefix` stands before each caption. `names` gives figures the name that they have
+    with this network, such as {"frechet": "FID"}.
+    """
+
+    label: str
+    open: Callable[[], Any]
+    metrics: tuple[Metric, ...]
+    captions: bool = False
+    prefix: str = ""
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def name(self, figure: str) -> str:
+        """Returns what a figure of a metric is called in a report."""
+        return self.names.get(figure, figure)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Protocol:
+    """How pictures are measured, everything but the pictures.
+
+    `prompts` has one for each picture, and `of` int [N] which prompt, by number, each is; `prepare` is done to every
+    picture, generated or real, before a network sees it. `real` is what they are compared with, and `train` what
+    a copy would be a copy of. `decisive` and `guarded` are the figures, (label of the panel, name of the figure), of
+    the rule by which one model wins against another (`verdict.verdict`). `absent` says what is not measured, and why.
+    """
+
+    name: str
+    prompts: Sequence[str]
+    of: np.ndarray
+    panels: tuple[Panel, ...]
+    prepare: Callable[[np.ndarray], np.ndarray]
+    prepared: str
+    """What `prepare` does, in a word: part of the fingerprint."""
+    real: Pictures | None = None
+    train: Pictures | None = None
+    decisive: tuple[tuple[str, str], ...] = ()
+    guarded: tuple[tuple[str, str], ...] = ()
+    absent: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """Returns what the generated pictures and their features depend on, beside the model: a SHA-256."""
+        facts = [self.name, list(self.prompts), self.of.tolist(), self.prepared]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

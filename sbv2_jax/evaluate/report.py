@@ -1,0 +1,236 @@
+"""An evaluation as files: `report.json`, a table for the terminal, and `report.html`, which needs no other file."""
+
+import base64
+import html
+import importlib.metadata
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sbv2_jax import __version__
+from sbv2_jax.convert.formats.files import replaced_file
+from sbv2_jax.evaluate import curves
+from sbv2_jax.evaluate.features import shown_path
+from sbv2_jax.evaluate.intervals import Interval
+from sbv2_jax.evaluate.measure import Comparison, Evaluation, Row
+from sbv2_jax.generate.pictures import grid
+
+_PACKAGES = ("jax", "flax", "numpy", "pillow")
+_SHOWN_SIDE = 128  # pixels at least that a picture has in the page's grid
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1em 0 }
+td, th { border-bottom: 1px solid #ddd; padding: .3em .8em; text-align: right; vertical-align: top }
+td:first-child, th:first-child { text-align: left }
+small { color: #777 } img { max-width: 100% } pre, code { background: #f4f4f4; padding: .1em .3em; overflow-x: auto }
+.best { font-weight: 600 } .scroll { overflow-x: auto }
+"""
+
+
+def as_json(evaluation: Evaluation, command: str) -> dict[str, Any]:
+    """Returns the report as values; it holds no time of day, so that the same evaluation gives the same bytes."""
+    protocol = evaluation.protocol
+    return {
+        "protocol": protocol.name,
+        "pictures": len(protocol.prompts),
+        "prompts": len(np.unique(protocol.of)),
+        "command": command,
+        "versions": versions(),
+        "references": evaluation.references,
+        "not_measured": list(protocol.absent),
+        "sources": [
+            {
+                "name": row.name,
+                "settings": dict(row.settings),
+                "sha256": row.fingerprint,
+                "figures": _nested(row.figures),
+            }
+            for row in evaluation.rows
+        ],
+        "comparisons": [
+            {
+                "name": one.name,
+                "rival": one.rival,
+                "seeds": list(one.seeds),
+                "differences": _nested(one.differences),
+                "verdict": one.verdict and one.verdict._asdict(),
+            }
+            for one in evaluation.comparisons
+        ],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this package and of those that its figures depend on."""
+    return {"sbv2_jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def write(evaluation: Evaluation, command: str, out: Path) -> None:
+    """Writes `report.json`, `report.html`, and the curves of a sweep as PNG files in `curves/`."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = curves.draw(evaluation)
+    for name, picture in drawn.items():
+        (out / "curves").mkdir(exist_ok=True)
+        with replaced_file(out / "curves" / f"{name}.png") as partial:
+            partial.write_bytes(picture)
+    text = json.dumps(as_json(evaluation, command), indent=2) + "\n"
+    for name, content in (("report.json", text), ("report.html", page(evaluation, command, drawn))):
+        with replaced_file(out / name) as partial:
+            partial.write_text(content, encoding="utf-8")
+
+
+def table(evaluation: Evaluation) -> str:
+    """Returns the figures as lines for a terminal: a row for each source, its interval in brackets."""
+    names = _names(evaluation.rows)
+    lines = [["", *(f"{label} {name}" for label, name in names)]]
+    for row in evaluation.rows:
+        seed = row.settings.get("seed")
+        title = row.name + ("" if seed is None else f", seed {seed}")
+        lines.append([title, *(_text(row.figures.get(name)) for name in names)])
+    # Turned on its side where it would be wider than a screen.
+    if sum(max(map(len, column)) + 2 for column in zip(*lines, strict=True)) > 118:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        "  ".join(
+            cell.ljust(width) if not place else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    said = [f"not measured: {line}" for line in evaluation.protocol.absent]
+    said += [_sentence(one) for one in evaluation.comparisons if one.verdict]
+    return "\n".join([*rows, *said])
+
+
+def page(evaluation: Evaluation, command: str, drawn: dict[str, bytes]) -> str:
+    """Returns the report as one HTML page that needs no other file."""
+    protocol = evaluation.protocol
+    parts = [
+        f"<h1>{html.escape(protocol.name)}</h1>",
+        f"<p>{len(protocol.prompts):,} pictures of {len(np.unique(protocol.of)):,} prompts for each row. In brackets: "
+        "95% intervals over prompts.</p>",
+        _html_table(evaluation),
+    ]
+    parts += [f"<p>Not measured: {html.escape(line)}.</p>" for line in protocol.absent]
+    if evaluation.comparisons:
+        parts.append("<h2>Against the first row</h2>")
+        parts += [_html_comparison(one) for one in evaluation.comparisons]
+    if drawn:
+        parts.append("<h2>Curves</h2>")
+        parts += [
+            f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+            for name, picture in drawn.items()
+        ]
+    if (sheet := _grid(evaluation)) is not None:
+        parts.append(
+            f'<h2>Pictures</h2><div class="scroll"><img alt="the same prompts" src="{_inline(sheet)}"></div>'
+        )
+    hashes = "".join(
+        f"<tr><td>{html.escape(name)}</td><td><code>{value}</code></td></tr>"
+        for name, value in evaluation.references.items()
+    )
+    made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    parts.append(
+        f"<h2>How it was made</h2><pre>{html.escape(command)}</pre><p>{html.escape(made)}</p><table>{hashes}</table>"
+    )
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(protocol.name)}</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _names(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(name for row in rows for name in row.figures))
+
+
+def _nested(figures: dict[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
+    nested: dict[str, dict[str, Any]] = {}
+    for (label, name), value in figures.items():
+        said = value._asdict() if isinstance(value, Interval) else [one._asdict() for one in value]
+        nested.setdefault(label, {})[name] = said
+    return nested
+
+
+def _text(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    if interval.low is None:
+        return f"{interval.value:.4g}"
+    return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def _sentence(one: Comparison) -> str:
+    why = f" ({'; '.join(one.verdict.reasons)})" if one.verdict.reasons else ""
+    return f"{one.name} {one.verdict.word} against {one.rival}{why}"
+
+
+def _html_table(evaluation: Evaluation) -> str:
+    names = _names(evaluation.rows)
+    head = "".join(f"<th>{html.escape(label)}<br>{html.escape(name)}</th>" for label, name in names)
+    best = {}
+    for name in names:
+        values = [row.figures[name].value for row in evaluation.rows if name in row.figures]
+        if evaluation.better.get(name) and len(values) > 1:
+            best[name] = (max if evaluation.better[name] == "higher" else min)(values)
+    lines = []
+    for row in evaluation.rows:
+        seed = row.settings.get("seed")
+        cells = [html.escape(row.name) + ("" if seed is None else f" <small>seed {seed}</small>")]
+        for name in names:
+            interval = row.figures.get(name)
+            if interval is None:
+                cells.append("-")
+                continue
+            cell = f"{interval.value:.4g}"
+            if best.get(name) == interval.value:
+                cell = f'<span class="best">{cell}</span>'
+            if interval.low is not None:
+                cell += f"<br><small>[{interval.low:.4g}, {interval.high:.4g}]</small>"
+            cells.append(cell)
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _html_comparison(one: Comparison) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(' '.join(name))}</td>"
+        + "".join(f"<td>{_text(interval)}</td>" for interval in deltas)
+        + "</tr>"
+        for name, deltas in one.differences.items()
+    )
+    head = "".join(f"<th>{'' if seed is None else f'seed {seed}'}</th>" for seed in one.seeds)
+    said = _sentence(one) if one.verdict else f"{one.name} minus {one.rival}"
+    return f"<p>{html.escape(said)}</p><table><tr><th>difference</th>{head}</tr>{rows}</table>"
+
+
+def _grid(evaluation: Evaluation) -> np.ndarray | None:
+    """Returns the first pictures of every source side by side, those of one seed where there are several."""
+    shown: dict[tuple, Row] = {}
+    for row in evaluation.rows:
+        shown.setdefault(row.without_seed, row)
+    protocol, columns = evaluation.protocol, {}
+    for row in shown.values():
+        paths = [
+            path
+            for index in range(len(protocol.prompts))
+            if (path := shown_path(row.directory, index)).exists()
+        ]
+        columns[row.name] = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    if len({pictures.shape for pictures in columns.values()}) != 1:
+        return None
+    side = next(iter(columns.values())).shape[1]
+    return grid(
+        columns, protocol.prompts[: len(next(iter(columns.values())))], scale=max(1, _SHOWN_SIDE // side)
+    )
+
+
+def _inline(picture: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
