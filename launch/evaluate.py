@@ -117,7 +117,6 @@ def _protocol(given: Namespace):
         if wrong := [f"--{name}" for name in foreign if getattr(given, name)]:
             raise InputError(f"--protocol=openmoji does not take {', '.join(wrong)}")
         from sbv2_jax.evaluate.extractors.image_text import open_image_text
-
         from sbv2_jax.openmoji.protocol import openmoji, real_pictures
 
         settings = {"kind": given.kind, "split": given.split, "count": given.count or 2000}

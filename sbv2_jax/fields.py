@@ -5,6 +5,7 @@ From a table of declarations come the ConfigDict (`build`), its checks (`check_f
 """
 
 import difflib
+import importlib
 import importlib.util
 import math
 import re
@@ -86,6 +87,32 @@ def load(spec: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise InputError(f"config file {name}: get_config() must return a ConfigDict")
     return config.lock()
+
+
+def imported(spec: str, field: str, said: str = "") -> Any:
+    """Returns what "package.module:NAME" or "path/file.py:NAME" names; `said` is how the user has named it.
+
+    Raises InputError, beginning with the field, for what cannot be imported.
+    """
+    module, _, attribute = spec.rpartition(":")
+    try:
+        if not module or not attribute:
+            raise ValueError('"package.module:NAME" or "file.py:NAME" is expected')
+        return getattr(_module(module), attribute)
+    except Exception as error:  # noqa: BLE001 (the file may raise anything)
+        raise InputError(f"{field}: {said or spec}: {type(error).__name__}: {error}") from error
+
+
+def _module(name: str) -> Any:
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {name}")
+    spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def words(argument: str, *known: str) -> set[str]:

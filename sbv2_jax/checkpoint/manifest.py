@@ -1,7 +1,9 @@
 """The manifest of a checkpoint: what every array must be, bit for bit, and which run wrote it."""
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sbv2_jax.checkpoint.files import file_sizes, write_durably
+from sbv2_jax.checkpoint.files import file_sizes, step_numbers, write_durably
 from sbv2_jax.errors import InputError, listed
 
 FORMAT = 1
@@ -77,6 +79,20 @@ def read_manifest(directory: Path, step: int) -> Manifest:
     if wrong:
         raise CheckpointError(listed(wrong))
     return manifest
+
+
+def best_step(directory: Path, name: str, better: str) -> int | None:
+    """Returns the finished step whose `extra` has the best number of this name, the later one of equals.
+
+    `better` is "higher" or "lower". None where no sound step has the number.
+    """
+    found = []
+    for step in step_numbers(directory):
+        with contextlib.suppress(CheckpointError):
+            value = read_manifest(directory / str(step), step).extra.get(name)
+            if value is not None and math.isfinite(value):
+                found.append((value if better == "higher" else -value, step))
+    return max(found)[1] if found else None
 
 
 def json_digest(value: Any) -> str:

@@ -28,6 +28,7 @@ from sbv2_jax.checkpoint.manifest import (
     CheckpointError,
     Manifest,
     among,
+    best_step,
     changed_fields,
     changed_sources,
     describe,
@@ -64,6 +65,7 @@ class Checkpoints:
         may_change: Sequence[str] = (),
         places: Sequence[str] = (),
         force: bool | Sequence[str] = False,
+        best: tuple[str, str] | None = None,
         asynchronous: bool = True,
     ):
         """Opens, and locks, the directory.
@@ -77,6 +79,8 @@ class Checkpoints:
           may_change: dotted config fields, or groups of them, that may differ at restore.
           places: config fields that say where sources are: they may differ where the contents are compared.
           force: restore in spite of another configuration, source or data: of any, or of those with these names.
+          best: a number that steps are saved with in `extra`, by its name, and whether "higher" or "lower" is better:
+            the best of the steps that have it is kept beside the newest ones.
           asynchronous: write in the background; otherwise `save` returns when the step is safe.
 
         Raises InputError where another process holds the directory or where it cannot be written.
@@ -89,6 +93,7 @@ class Checkpoints:
         self._may_change = tuple(may_change)
         self._places = tuple(places)
         self._force = force
+        self._best = best
         self._asynchronous = asynchronous
         self._primary = jax.process_index() == 0
         self._lock = open_directory(self._directory) if self._primary else None
@@ -160,8 +165,11 @@ class Checkpoints:
         write_manifest(partial, Manifest(**{**vars(manifest), **contents}))
         publish(self._directory, manifest.step)
         self._damaged.discard(manifest.step)
-        for old in self._finished()[: -self._keep]:
-            discard(self._directory, old)
+        finished = self._finished()
+        kept = {*finished[-self._keep :], best_step(self._directory, *self._best) if self._best else None}
+        for old in finished:
+            if old not in kept:
+                discard(self._directory, old)
 
     def _finished(self) -> list[int]:
         """Returns the steps with a sound manifest that no restore of this process found damaged."""

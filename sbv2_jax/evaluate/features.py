@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,26 +59,20 @@ def of_source(protocol: Protocol, networks: Networks, source: Source, directory:
     The pieces lie in `directory`; those that are there are not drawn again (the rate is 0 where all are). The first
     pictures are kept as PNG files beside them, for the report.
     """
-    count, seconds, drawn, pieces = len(protocol.prompts), 0.0, 0, []
-    bar = tqdm(total=count, desc=source.name, unit="picture", mininterval=2, leave=False)
-    with bar, ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, count, PIECE):
-            rows = range(start, min(start + PIECE, count))
-            path = directory / f"{start // PIECE:05d}.npz"
-            piece = _read(path)
-            if piece is None:
-                begin = time.perf_counter()
-                texts = [protocol.prompts[row] for row in rows]
-                pictures = source.draw(rows, texts)
-                seconds, drawn = seconds + time.perf_counter() - begin, drawn + len(rows)
-                pictures = list(pool.map(protocol.prepare, pictures))
-                for row in (row for row in rows if row < _SHOWN):
-                    save_png(shown_path(directory, row), pictures[row - start])
-                piece = {label: networks.see(label, pictures, texts) for label in networks.panels}
-                _write(path, piece)
-            pieces.append(piece)
-            bar.update(len(rows))
-    return _joined(pieces), drawn / seconds if seconds else 0.0
+    seconds, drawn = 0.0, 0
+
+    def see(rows: range, pool: ThreadPoolExecutor) -> Seen:
+        nonlocal seconds, drawn
+        texts, begin = [protocol.prompts[row] for row in rows], time.perf_counter()
+        pictures = source.draw(rows, texts)
+        seconds, drawn = seconds + time.perf_counter() - begin, drawn + len(rows)
+        pictures = list(pool.map(protocol.prepare, pictures))
+        for row in (row for row in rows if row < _SHOWN):
+            save_png(shown_path(directory, row), pictures[row - rows.start])
+        return {label: networks.see(label, pictures, texts) for label in networks.panels}
+
+    seen = _in_pieces(directory, len(protocol.prompts), source.name, see)
+    return seen, drawn / seconds if seconds else 0.0
 
 
 def shown_path(directory: Path, row: int) -> Path:
@@ -94,34 +88,37 @@ def of_pictures(
     It is kept in `cache` by what it depends on: the pictures' content, the network and what is done to pictures.
     """
     key = digest(pictures.fingerprint(), networks[label].fingerprint, protocol.prepared)
-    path = cache / f"{label}-{key[:16]}.npz"
-    if (kept := _read(path)) is not None:
-        return kept[label]
+
+    def see(rows: range, pool: ThreadPoolExecutor) -> Seen:
+        read = list(pool.map(lambda row: protocol.prepare(pictures[row]), rows))
+        return {label: networks.see(label, read, [""] * len(read))}
+
+    return _in_pieces(cache / key[:16], len(pictures), f"real pictures, {label}", see)[label]
+
+
+def _in_pieces(
+    directory: Path, count: int, name: str, see: Callable[[range, ThreadPoolExecutor], Seen]
+) -> Seen:
+    """Returns what `see` gives for `count` rows, piece by piece, each written to `directory` when it is there."""
     pieces = []
-    bar = tqdm(
-        total=len(pictures), desc=f"real pictures, {label}", unit="picture", mininterval=2, leave=False
-    )
+    bar = tqdm(total=count, desc=name, unit="picture", mininterval=2, leave=False)
     with bar, ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(pictures), PIECE):
-            rows = range(start, min(start + PIECE, len(pictures)))
-            read = list(pool.map(lambda row: protocol.prepare(pictures[row]), rows))
-            pieces.append({label: networks.see(label, read, [""] * len(read))})
+        for start in range(0, count, PIECE):
+            rows, path = range(start, min(start + PIECE, count)), directory / f"{start // PIECE:05d}.npz"
+            if (piece := _read(path)) is None:
+                piece = see(rows, pool)
+                _write(path, piece)
+            pieces.append(piece)
             bar.update(len(rows))
-    seen = _joined(pieces)
-    _write(path, seen)
-    return seen[label]
+    return {
+        label: {name: np.concatenate([piece[label][name] for piece in pieces]) for name in columns}
+        for label, columns in pieces[0].items()
+    }
 
 
 def digest(*values: Any) -> str:
     """Returns one SHA-256 over values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _joined(pieces: Sequence[Seen]) -> Seen:
-    return {
-        label: {name: np.concatenate([piece[label][name] for piece in pieces]) for name in columns}
-        for label, columns in pieces[0].items()
-    }
 
 
 def _write(path: Path, seen: Mapping[str, Mapping[str, np.ndarray]]) -> None:

@@ -65,7 +65,7 @@ class Evaluation:
     """Which direction of a figure is the better one."""
 
 
-class _Columns:
+class Columns:
     """The columns of a panel: of real and of training pictures, and of one source."""
 
     def __init__(self, protocol: Protocol, networks: Networks, cache: Path):
@@ -98,7 +98,7 @@ def evaluate(protocol: Protocol, sources: Iterable[Source], out: Path, cache: Pa
     Raises InputError as networks, sources and metrics do.
     """
     networks = Networks(protocol.panels)
-    columns = _Columns(protocol, networks, cache)
+    columns = Columns(protocol, networks, cache)
     weights = {label: networks[label].fingerprint for label in networks.panels}
     rows, seen = [], []
     for source in sources:
@@ -111,8 +111,7 @@ def evaluate(protocol: Protocol, sources: Iterable[Source], out: Path, cache: Pa
         seen.append(found)
         figures = {
             (panel.label, panel.name(name)): interval
-            for panel in protocol.panels
-            for metric in panel.metrics
+            for panel, metric in protocol.metrics()
             for name, interval in intervals(metric, columns.of(panel, metric, found)).items()
         }
         rows.append(
@@ -135,24 +134,19 @@ def evaluate(protocol: Protocol, sources: Iterable[Source], out: Path, cache: Pa
         rows=rows,
         comparisons=_compared(protocol, columns, rows, seen),
         references=references,
-        better={
-            (panel.label, panel.name(name)): better
-            for panel in protocol.panels
-            for metric in panel.metrics
-            for name, better in metric.better.items()
-        },
+        better=protocol.better(),
     )
 
 
 def _compared(
-    protocol: Protocol, columns: _Columns, rows: Sequence[Row], seen: Sequence[Seen]
+    protocol: Protocol, columns: Columns, rows: Sequence[Row], seen: Sequence[Seen]
 ) -> list[Comparison]:
     """Returns each model beside the first, seed by seed."""
     models: dict[tuple, dict[Any, int]] = defaultdict(dict)
     for index, row in enumerate(rows):
         models[row.without_seed][row.settings.get("seed")] = index
     first, *others = models.values()
-    found = []
+    found, better = [], protocol.better()
     for other in others:
         # Pictures that are there have no seed: they are compared with each.
         pairs = [(other.get(seed, other.get(None)), its) for seed, its in first.items()]
@@ -162,18 +156,15 @@ def _compared(
         if not pairs:
             continue
         deltas: dict[tuple[str, str], list[Interval]] = defaultdict(list)
-        directions = {}
-        for panel in protocol.panels:
-            for metric in panel.metrics:
-                for ours, its in pairs:
-                    sides = (columns.of(panel, metric, seen[one]) for one in (ours, its))
-                    for name, interval in differences(metric, *sides).items():
-                        deltas[panel.label, panel.name(name)].append(interval)
-                        directions[panel.label, panel.name(name)] = metric.better.get(name)
+        for panel, metric in protocol.metrics():
+            for ours, its in pairs:
+                sides = (columns.of(panel, metric, seen[one]) for one in (ours, its))
+                for name, interval in differences(metric, *sides).items():
+                    deltas[panel.label, panel.name(name)].append(interval)
         word = None
         if protocol.decisive:
             decisive, guarded = (
-                {" ".join(name): Compared(deltas[name], directions[name]) for name in names if name in deltas}
+                {" ".join(name): Compared(deltas[name], better[name]) for name in names if name in deltas}
                 for names in (protocol.decisive, protocol.guarded)
             )
             word = verdict(decisive, guarded)

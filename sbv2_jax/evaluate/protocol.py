@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,3 +60,17 @@ class Protocol:
         """Returns what the generated pictures and their features depend on, beside the model: a SHA-256."""
         facts = [self.name, list(self.prompts), self.of.tolist(), self.prepared]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def metrics(self) -> Iterator[tuple[Panel, Metric]]:
+        """Yields every metric with its panel."""
+        for panel in self.panels:
+            for metric in panel.metrics:
+                yield panel, metric
+
+    def better(self) -> dict[tuple[str, str], str | None]:
+        """Returns which direction of each figure is the better one, by (label of the panel, name)."""
+        return {
+            (panel.label, panel.name(figure)): better
+            for panel, metric in self.metrics()
+            for figure, better in metric.better.items()
+        }

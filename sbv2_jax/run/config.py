@@ -19,6 +19,7 @@ _MAY_CHANGE = (
     "attention",
     "checkpoint",
     "clip.passes",
+    "evaluate",
     "limits",
     "mesh",
     "programs",
@@ -164,5 +165,13 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
     yield (
         config.sample.every > 0 and not config.sample.prompts,
         f"config.sample.every = {config.sample.every} needs config.sample.prompts",
+    )
+    yield (
+        config.evaluate.every > 0 and not config.evaluate.protocol,
+        f"config.evaluate.every = {config.evaluate.every} needs config.evaluate.protocol",
+    )
+    yield (
+        config.evaluate.export == "best" and not (config.evaluate.every and config.evaluate.best),
+        "config.evaluate.export = 'best' needs config.evaluate.every and config.evaluate.best",
     )
     _check_batch(config, planned_devices(config))

@@ -183,6 +183,25 @@ FIELDS: dict[str, Field] = {
     ),
     "checkpoint.every": Field(500, whole(1), "Steps between checkpoints."),
     "checkpoint.keep": Field(3, whole(1), "How many of the newest checkpoints to keep."),
+    "evaluate.every": Field(
+        0,
+        whole(0),
+        "Steps between measurements of the averaged student, each of which is saved; 0 measures none.",
+    ),
+    "evaluate.protocol": Field(
+        "",
+        text(empty=True),
+        "How it is measured: a function of count= that returns a Protocol, as `package.module:NAME` or `file.py:NAME`, "
+        "such as `sbv2_jax.openmoji.protocol:in_training`.",
+    ),
+    "evaluate.count": Field(500, whole(2), "Prompts of a measurement."),
+    "evaluate.best": Field(
+        "",
+        text(empty=True),
+        "The figure by which the best step is kept beside the newest ones, such as "
+        "`evaluate/efficientnet-lite0/KID`; empty keeps none.",
+    ),
+    "evaluate.export": Field("last", one_of("last", "best"), "The step that export/ is of."),
     "limits.step_seconds": Field(
         0.0,
         number(0),

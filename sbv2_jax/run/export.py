@@ -1,6 +1,7 @@
 """What a run has trained, from its state or from its checkpoints, in the files of diffusers."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -8,14 +9,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sbv2_jax.checkpoint.manifest import best_step
 from sbv2_jax.convert.formats.pipeline import save_pipeline
 from sbv2_jax.convert.lora.write import save_lora
-from sbv2_jax.convert.model import save_model
+from sbv2_jax.convert.model import Model, save_model
 from sbv2_jax.devices import processes
 from sbv2_jax.distill.state import TrainState
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.build import Run
-from sbv2_jax.run.trained import kept_student, model_of, read_run, student_of
+from sbv2_jax.run.trained import CHECKPOINTS, kept_student, model_of, read_run, student_of
 from sbv2_jax.tree import Params
 
 # For weights of gigabytes, on a slow file system.
@@ -31,28 +33,49 @@ def export_student(run: Run, state: TrainState, directory: Path) -> None:
     cannot be written.
     """
     trained = _on_host(state.ema or state.student)
+
+    def student() -> Model:
+        return model_of(
+            str(directory),
+            trained,
+            run.parts,
+            lora_scale=run.method.student.lora_scale,
+            side=run.method.latent_shape[0],
+        )
+
+    _write_by_one(student, directory)
+
+
+def export_best(workdir: Path, best: tuple[str, str], directory: Path) -> None:
+    """Writes the student of a run's best step, from its checkpoint, as `export_student` does the last one.
+
+    `best` is the name of the figure and its better direction. Raises InputError, in every process, where no step has
+    it.
+    """
+
+    def student() -> Model:
+        step = best_step(workdir / CHECKPOINTS, *best)
+        if step is None:
+            raise InputError(f"{workdir / CHECKPOINTS} has no step with {best[0]}")
+        print(f"export/ is of step {step}, the best by {best[0]}", flush=True)
+        return student_of(workdir, step=step)[1]
+
+    _write_by_one(student, directory)
+
+
+def _write_by_one(student: Callable[[], Model], directory: Path) -> None:
+    """Has process 0 write a model in the place of an older one, and the others wait."""
     everyone = set(range(jax.process_count()))
     with processes.together():
         try:
             if jax.process_index() == 0:
-                _write_student(run, trained, directory)
+                scratch = directory.with_name(f".{directory.name}.new")
+                shutil.rmtree(scratch, ignore_errors=True)
+                save_model(scratch, student())
+                shutil.rmtree(directory, ignore_errors=True)
+                scratch.rename(directory)
         finally:
             ocp.multihost.sync_global_processes("exported", timeout=_EXPORT_SECONDS, processes=everyone)
-
-
-def _write_student(run: Run, trained: dict[str, np.ndarray], directory: Path) -> None:
-    scratch = directory.with_name(f".{directory.name}.new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    student = model_of(
-        str(directory),
-        trained,
-        run.parts,
-        lora_scale=run.method.student.lora_scale,
-        side=run.method.latent_shape[0],
-    )
-    save_model(scratch, student)
-    shutil.rmtree(directory, ignore_errors=True)
-    scratch.rename(directory)
 
 
 def export_checkpoint(

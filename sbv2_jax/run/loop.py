@@ -30,14 +30,16 @@ from sbv2_jax.run.compilation import compile_step, lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import may_change, validate
 from sbv2_jax.run.dry_run import dry_run as dry_run_report
-from sbv2_jax.run.export import export_student
+from sbv2_jax.run.export import export_best, export_student
 from sbv2_jax.run.guard import Guard
 from sbv2_jax.run.health import Health
 from sbv2_jax.run.log import MetricsLog
 from sbv2_jax.run.memory_estimate import device_memory
+from sbv2_jax.run.painter import Painter
 from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption, ends_at_once
 from sbv2_jax.run.probe import compile_probe
 from sbv2_jax.run.progress import ProgressGrid
+from sbv2_jax.run.scoring import Measured, Scoring, open_protocol
 from sbv2_jax.run.sources import PLACES, Files, Source, check_forced, sources_of
 from sbv2_jax.run.watchdog import watchdog
 
@@ -65,7 +67,10 @@ def train(
         if stopped:
             return EXIT_PREEMPTED
         export = workdir / "export"
-        export_student(ready.run, ready.state, export)
+        if config.evaluate.export == "best":
+            export_best(workdir, ready.scoring.best, export)
+        else:
+            export_student(ready.run, ready.state, export)
     if jax.process_index() == 0:
         prompt = config.sample.prompts[0] if config.sample.prompts else "a red apple"
         print(f'python launch/generate.py --model={export} --prompt="{prompt}" --out=one.png')
@@ -87,6 +92,7 @@ class Ready:
     state: TrainState
     frozen: Frozen
     grid: ProgressGrid | None
+    scoring: Scoring | None
     batches: Iterator[list[str]]
     step: TrainStep | None
     probe: Callable[[TrainState, Frozen, Batch], jax.Array] | None
@@ -102,7 +108,7 @@ def make_ready(
     if jax.process_count() > 1:
         # Process 0 alone keeps what it compiled: the others find it only in a directory that all see.
         use_cache(workdir / "compiled")
-    run, layout, source, tokenizers, start, files, sources = prepared
+    run, layout, source, tokenizers, start, files, sources, protocol = prepared
     processes.require_same("the content of the models", json.dumps(sources))
     if not isinstance(force, bool):
         check_forced(force, config, sources)
@@ -117,6 +123,7 @@ def make_ready(
             may_change=may_change(config),
             places=PLACES,
             force=force,
+            best=protocol.best if protocol else None,
         )
     held.enter_context(checkpoints)
     processes.require_shared(workdir)
@@ -126,11 +133,15 @@ def make_ready(
         if jax.process_index() == 0:
             files.remember()
             write_config(workdir / "config.json", config)
-    grid = None
+    grid = scoring = None
+    if config.sample.every or protocol:
+        painter = Painter(run, frozen, tokenizers["input_ids"], layout.mesh)
     if config.sample.every:
-        grid = ProgressGrid(run, frozen, tokenizers["input_ids"], tuple(config.sample.prompts), layout.mesh)
+        grid = ProgressGrid(run, frozen, tokenizers["input_ids"], tuple(config.sample.prompts), painter)
         if not restored:
             grid.draw(state, sample_path(workdir, 0))
+    if protocol:
+        scoring = Scoring(protocol, config.seed, painter, workdir / "references")
     batches = prompt_batches(
         source,
         config.batch_size,
@@ -150,6 +161,7 @@ def make_ready(
         state=state,
         frozen=frozen,
         grid=grid,
+        scoring=scoring,
         batches=batches,
         step=step,
         probe=probe,
@@ -175,16 +187,19 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
                 metrics = jax.device_get(metrics)
                 seconds = time.monotonic() - begin
                 metrics |= health.metrics(number, seconds, skipped=bool(metrics["skipped"]))
-                with processes.together():
-                    log.write(number, metrics)
-                    guard.check(number, metrics)
                 preempted = preemption.requested()
-            if preempted or number == config.steps or number % config.checkpoint.every == 0:
+            last, figures = preempted or number == config.steps, {}
+            if ready.scoring and not preempted and (last or number % config.evaluate.every == 0):
+                figures = ready.scoring.measure(ready.state)
+            with processes.together():
+                log.write(number, metrics | figures)
+                guard.check(number, metrics)
+            if last or figures or number % config.checkpoint.every == 0:
                 if ready.probe:
                     deviation = jax.device_get(ready.probe(ready.state, ready.frozen, batch))
                     with processes.together():
                         guard.check_latents(number, float(deviation))
-                checkpoints.save(number, ready.state)
+                checkpoints.save(number, ready.state, extra=figures)
             if grid and (number == config.steps or number % config.sample.every == 0):
                 grid.draw(ready.state, sample_path(workdir, number))
             if preempted:
@@ -205,6 +220,7 @@ class Prepared(NamedTuple):
     start: dict[str, np.ndarray] | None
     files: Files
     sources: dict[str, Source]
+    protocol: Measured | None
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Prepared:
@@ -223,7 +239,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
         start = read_start(run, config.student.lora.init)
     files = Files(workdir)
-    return Prepared(run, layout, source, tokenizers, start, files, sources_of(run.parts, files))
+    protocol = open_protocol(config) if config.evaluate.every else None
+    return Prepared(run, layout, source, tokenizers, start, files, sources_of(run.parts, files), protocol)
 
 
 def compiled(config: ConfigDict, run: Run, layout: Layout) -> tuple[TrainStep, Callable | None]:

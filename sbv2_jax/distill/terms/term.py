@@ -1,9 +1,6 @@
 """A term of the student's objective: what it needs, what it prepares, and its loss for each sample."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -13,7 +10,7 @@ from sbv2_jax.distill.player import Player, Setting
 from sbv2_jax.distill.random_numbers import NamedKeys
 from sbv2_jax.distill.state import Frozen
 from sbv2_jax.errors import InputError
-from sbv2_jax.fields import nearest
+from sbv2_jax.fields import imported, nearest
 from sbv2_jax.models.conditions import Text
 from sbv2_jax.tree import Params
 
@@ -126,25 +123,10 @@ def _term_class(spec: str) -> type[Term]:
             f'config.terms: {spec!r} is none of {", ".join(TERMS)}, nor "package.module:Class" or "file.py:Class"'
             f"{nearest(spec, TERMS, prefix='')}"
         )
-    try:
-        found = getattr(_module(module), attribute)
-    except Exception as error:  # noqa: BLE001 (the file may raise anything)
-        raise InputError(f"config.terms: {spec}: {type(error).__name__}: {error}") from error
+    found = imported(f"{module}:{attribute}", "config.terms", spec)
     wrong = [
         name for name in ("build", "sources", "loss", "weight", "draw", "encode") if not hasattr(found, name)
     ]
     if wrong or not isinstance(getattr(found, "name", None), str):
         raise InputError(f"config.terms: {spec} is no term: derive it from {__name__}.Term, with a `name`")
     return found
-
-
-def _module(name: str) -> Any:
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {name}")
-    spec = importlib.util.spec_from_file_location(f"term_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
