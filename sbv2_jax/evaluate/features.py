@@ -20,7 +20,7 @@ from sbv2_jax.evaluate.protocol import Panel, Protocol
 from sbv2_jax.evaluate.sources import Source
 from sbv2_jax.generate.pictures import save_png
 
-PIECE = 256  # pictures of one file: what a kill can cost
+PIECE = 64  # pictures of one file: what a kill can cost
 _SHOWN = 24
 _READERS = 4
 

@@ -1,0 +1,249 @@
+"""The evaluation as a whole: the command on a made-up COCO directory, killed and gone on; sweeps, merges, folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import linalg
+from their_judges import cleanfid, random_inception
+from tiny_pipeline import write_world
+
+from sbv2_jax.convert.formats.resolve import resolve
+from sbv2_jax.convert.inception import convert
+from sbv2_jax.errors import InputError
+from sbv2_jax.evaluate import presets, sources
+from sbv2_jax.evaluate.measure import evaluate
+from sbv2_jax.run import evaluation
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = 150  # three pieces
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """A directory as COCO's: captions, and photographs of several shapes."""
+    directory = write_world(tmp_path_factory.mktemp("coco"))
+    rng = np.random.default_rng(0)
+    words = ["a red apple", "a dog", "an apple", "red", "a red dog"]
+    texts = [f"{words[rng.integers(5)]} and {words[rng.integers(5)]}" for _ in range(PROMPTS)]
+    annotations = [{"image_id": index, "id": index, "caption": text} for index, text in enumerate(texts)]
+    (directory / "captions_val2014.json").write_text(json.dumps({"images": [], "annotations": annotations}))
+    (directory / "val2014").mkdir()
+    for index in range(20):
+        shape = (int(rng.integers(40, 90)), int(rng.integers(40, 90)))
+        save(directory / "val2014" / f"COCO_{index:03d}.jpg", wave(rng, *shape))
+    return directory
+
+
+def wave(rng, height, width):
+    y, x = np.mgrid[0:height, 0:width] / 64
+    waves = [np.sin(rng.uniform(1, 30) * x + rng.uniform(1, 30) * y) for _ in range(3)]
+    return (rng.uniform(60, 200, 3) + 60 * np.stack(waves, axis=-1)).clip(0, 255).astype(np.uint8)
+
+
+def save(path, picture):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    Image.fromarray(picture).save(path, quality=95)
+
+
+def command(coco, out, *flags):
+    clip = resolve("bundled") / "clip"
+    return [
+        sys.executable, "launch/evaluate.py", "--protocol=coco30k-sbv2", f"--prompts={coco}/captions_val2014.json",
+        f"--clip={clip}", f"--count={PROMPTS}", f"--out={out}", *flags,
+    ]  # fmt: skip
+
+
+def environment(coco):
+    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(coco / "home")}
+
+
+def run(coco, out, *flags):
+    done = subprocess.run(
+        command(coco, out, *flags),
+        cwd=ROOT,
+        env=environment(coco),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_an_evaluation_that_is_killed_goes_on_to_the_same_report(coco, tmp_path):
+    """Both go to one directory in the end: the report says the command."""
+    out, flags = (
+        tmp_path / "out",
+        [f"--model={coco}/pipeline", "--steps=1,2", "--guidance=1:3:1", "--seed=0", "--seed=7"],
+    )
+    process = subprocess.Popen(
+        command(coco, out, *flags), cwd=ROOT, env=environment(coco), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while len(list(out.glob("features/*/*.npz"))) < 8:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "report.json").exists()
+    there = {path: path.stat().st_mtime_ns for path in out.glob("features/*/*.npz")}
+    code, said, error = run(coco, out, *flags)
+    assert code == 0, error
+    assert all(path.stat().st_mtime_ns == when for path, when in there.items()), (
+        "what was there is not drawn again"
+    )
+    killed = {name: (out / name).read_bytes() for name in ("report.json", "report.html")}
+    out.rename(tmp_path / "killed")
+    assert run(coco, out, *flags)[0] == 0
+    assert {name: (out / name).read_bytes() for name in killed} == killed
+
+    report = json.loads(killed["report.json"])
+    assert report["pictures"] == PROMPTS and len(report["sources"]) == 2 * 3 * 2
+    assert any("--inception" in line for line in report["not_measured"])
+    assert "not measured: FID" in said
+    first = report["sources"][0]
+    score = first["figures"]["clip"]["CLIP score"]
+    assert -1 < score["low"] < score["value"] < score["high"] < 1
+    assert {(one["settings"]["steps"], one["settings"]["guidance"]) for one in report["sources"]} == {
+        (steps, guidance) for steps in (1, 2) for guidance in (1.0, 2.0, 3.0)
+    }  # fmt: skip
+    # the same model by two seeds differs, and each other setting is beside the first
+    assert first["figures"] != report["sources"][1]["figures"] and len(report["comparisons"]) == 5
+    assert report["comparisons"][0]["seeds"] == [0, 7]
+
+
+def test_fid_of_the_paper_s_protocol_is_that_of_clean_fid_and_torch_fidelity(coco, tmp_path):
+    """On random weights: their resize, their network, and a distance by a matrix square root in float64."""
+    theirs = random_inception(tmp_path / "weights.pth")
+    convert(tmp_path / "weights.pth", tmp_path / "inception")
+    rng = np.random.default_rng(5)
+    for index in range(24):
+        save(tmp_path / "drawn" / f"{index:05d}.png", wave(rng, 64, 64))
+    protocol = presets.coco30k_sbv2(
+        prompts=f"{coco}/captions_val2014.json",
+        real=f"{coco}/val2014",
+        weights={"inception": str(tmp_path / "inception")},
+        count=24,
+    )
+    ours = evaluate(
+        protocol, [sources.of_folder(tmp_path / "drawn", 24)], tmp_path / "out", tmp_path / "cache"
+    )
+
+    resize = cleanfid("resize").build_resizer("clean")
+
+    def features(folder):
+        found = []
+        for path in sorted(folder.iterdir()):
+            image = Image.open(path).convert("RGB")
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box = (round(left), round(top), round(left) + side, round(top) + side)
+            small = np.asarray(image.crop(box).resize((256, 256), Image.Resampling.LANCZOS))
+            pixels = torch.from_numpy(resize(small)).permute(2, 0, 1)[None]
+            found.append(theirs_of(theirs, pixels))
+        return np.concatenate(found).astype(np.float64)
+
+    real, fake = features(coco / "val2014"), features(tmp_path / "drawn")
+    covariances = [np.cov(rows, rowvar=False) for rows in (real, fake)]
+    # of so few pictures the covariances have no full rank: by the eigenvalues of their product
+    root = np.sqrt(np.maximum(linalg.eigvals(covariances[0] @ covariances[1]).real, 0)).sum()
+    want = np.square(real.mean(0) - fake.mean(0)).sum() + np.trace(sum(covariances)) - 2 * root
+    figures = ours.rows[0].figures
+    assert ("inception", "FID") not in figures, "weights that are not the published ones give no FID"
+    assert figures["an inception", "FD"].value == pytest.approx(want, rel=1e-3)
+    assert {"precision", "recall"} <= {name for label, name in figures if label == "inception, own resize"}
+
+
+def theirs_of(network, pixels):
+    """Features of pictures that are resized already, [1, 3, 299, 299] of 0 to 255."""
+    forward = type(network).forward.__globals__
+    name = "interpolate_bilinear_2d_like_tensorflow1x"
+    before, forward[name] = forward[name], lambda *_, **__: pixels
+    try:
+        with torch.inference_mode():
+            return network(torch.zeros(1, 3, 299, 299, dtype=torch.uint8))[0].numpy()
+    finally:
+        forward[name] = before
+
+
+def test_a_picture_depends_on_its_prompt_row_and_seed_alone(coco):
+    specs = [
+        {
+            "model": f"{coco}/pipeline",
+            "steps": (1,),
+            "guidance": (1.0,),
+            "sampler": "dpm",
+            "step": None,
+            "which": None,
+        }
+    ]
+    (three,), (five,) = (list(evaluation._of_model(specs[0], [3], batch_size)) for batch_size in (3, 5))
+    texts = ["a red apple", "a dog", "an apple", "red", "dog", "red dog", "apple"]
+    whole = np.stack(three.draw(range(7), texts)).astype(int)
+    other = np.stack(five.draw(range(2, 7), texts[2:])).astype(int)
+    assert whole.std() > 5 and np.abs(whole[2:] - other).max() <= 1
+    assert three.fingerprint == five.fingerprint
+
+
+def test_merges_begin_and_end_with_their_models(coco, tmp_path):
+    from tiny_pipeline import write_pipeline
+
+    other = write_pipeline(tmp_path, seed=4)
+    pair = evaluation._pair(f"{coco}/pipeline,{other}")
+    spec = {"steps": (1,), "guidance": (1.0,), "sampler": "dpm"}
+    found = list(evaluation._of_merges(pair, evaluation.values("0:1:0.5", float), spec, [0], 4))
+    assert [one.settings["weight"] for one in found] == [0.0, 0.5, 1.0]
+    texts = ["a red apple", "a dog", "an apple", "red"]
+    drawn = [np.stack(one.draw(range(4), texts)).astype(int) for one in found]
+    for merge, model in ((drawn[0], other), (drawn[2], coco / "pipeline")):
+        (alone,) = evaluation._of_model({"model": str(model), "step": None, "which": None, **spec}, [0], 4)
+        # the other's text tower and autoencoder are not merged: those of the first draw
+        if model != other:
+            assert np.abs(merge - np.stack(alone.draw(range(4), texts)).astype(int)).max() <= 1
+    assert len({one.tobytes() for one in drawn}) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "numbers"),
+    [("1,4,25", int, (1, 4, 25)), ("1:7.5:0.5", float, tuple(1 + 0.5 * i for i in range(14))), ("0:1:0.1", float, tuple(i / 10 for i in range(11))), ("2:3:5", int, (2,)), ("3,3", int, (3,))],
+)  # fmt: skip
+def test_ranges_hold_both_ends(text, kind, numbers):
+    assert evaluation.values(text, kind) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1:2", "2:1:0.5", "0:1:0", "0:1:-1", "0:1:1e-9", "nan:1:1", ","])
+def test_ranges_that_are_none_are_refused(text):
+    with pytest.raises(InputError):
+        evaluation.values(text, float)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "give --model, --merge or --pictures"),
+        (("--model=/nowhere",), "/nowhere does not exist"),
+        (("--model={}/pipeline,step=3",), "step and which are of a run"),
+        (("--model={}/pipeline,setps=3",), "did you mean 'steps'"),
+        (("--model={}/pipeline,sampler=euler",), "the sampler is 'ddim' or 'dpm'"),
+        (("--model={}/pipeline,steps=0",), "steps=0: a whole number >= 1 is expected"),
+        (("--merge={}/pipeline",), "two models are expected"),
+        (("--pictures={}/val2014",), "holds 20 pictures, and the protocol has 150 prompts"),
+        (("--pictures=real",), "has no real pictures of its prompts"),
+        (("--model={}/pipeline", "--real={}/none"), "/none does not exist"),
+        (("--model={}/pipeline", "--inception={}/pipeline/unet"), "InceptionConfig is expected"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(coco, tmp_path, flags, message):
+    given = [flag.format(coco) for flag in flags]
+    code, _, error = run(coco, tmp_path / "out", *given)
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(lines) == 1 and message in lines[0], error
+    assert not (tmp_path / "out").exists()
