@@ -129,6 +129,17 @@ def test_dinov2_with_positions_as_its_authors_have_them(tmp_path, rng):
     assert np.abs(without - ours).max() > 1e-4 * np.abs(ours).max(), "the offset would go unnoticed"
 
 
+@pytest.mark.slow
+def test_dinov2_of_the_published_size(tmp_path, rng):
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518}
+    theirs = write_dinov2(tmp_path, **large, mlp_ratio=4)
+    pictures = scenes(rng, 2, 64, 64)
+    with torch.inference_mode():
+        expected = theirs(dinov2_pixels(pictures)).pooler_output
+    ours = EXTRACTORS["dinov2"](tmp_path, offset=0.0, per_device=2)(pictures)["features"]
+    assert ours.shape == (2, 1024) and least_cosine(ours, expected) > 0.99999
+
+
 @pytest.mark.parametrize(
     ("before", "after", "offset"), [(37, 16, 0.1), (37, 16, 0.0), (5, 16, 0.1), (16, 37, 0)]
 )
