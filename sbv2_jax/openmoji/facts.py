@@ -31,6 +31,7 @@ class Facts(Metric):
     scenes: Sequence[Scene]
     train_scenes: Sequence[Scene]
     _fitted: dict = dataclasses.field(default_factory=dict)
+    """By fact, for the one network that `train` is of: fitted at the first call."""
 
     def measure(self, *, fake, train):
         return {name: float(right.mean()) for name, right in self._right(fake, train).items()}

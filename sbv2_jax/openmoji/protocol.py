@@ -41,13 +41,17 @@ def openmoji(
     def real(index: int) -> np.ndarray:
         return others[index].reference()
 
-    facts = Facts(scenes=shown, train_scenes=fitted)
     extra: tuple[Any, ...] = (METRICS["diversity"],) if images > 1 else ()
     panels = [
         Panel(
             label=name,
             open=EXTRACTORS[name],
-            metrics=(*(METRICS[one] for one in _SETS), facts, METRICS["nearest_train"], *extra),
+            metrics=(
+                *(METRICS[one] for one in _SETS),
+                Facts(scenes=shown, train_scenes=fitted),
+                METRICS["nearest_train"],
+                *extra,
+            ),
             names=_NAMES,
         )
         for name in _JUDGES

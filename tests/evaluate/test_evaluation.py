@@ -213,8 +213,14 @@ def test_merges_begin_and_end_with_their_models(coco, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "kind", "numbers"),
-    [("1,4,25", int, (1, 4, 25)), ("1:7.5:0.5", float, tuple(1 + 0.5 * i for i in range(14))), ("0:1:0.1", float, tuple(i / 10 for i in range(11))), ("2:3:5", int, (2,)), ("3,3", int, (3,))],
-)  # fmt: skip
+    [
+        ("1,4,25", int, (1, 4, 25)),
+        ("1:7.5:0.5", float, tuple(1 + 0.5 * index for index in range(14))),
+        ("0:1:0.1", float, tuple(index / 10 for index in range(11))),
+        ("2:3:5", int, (2,)),
+        ("3,3", int, (3,)),
+    ],
+)
 def test_ranges_hold_both_ends(text, kind, numbers):
     assert evaluation.values(text, kind) == numbers
 

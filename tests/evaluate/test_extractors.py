@@ -14,6 +14,7 @@ import transformers
 from conftest import measured, relative_error
 from parity import randomised
 from PIL import Image
+from train_processes import free_port
 
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.errors import InputError
@@ -129,6 +130,17 @@ def test_dinov2_with_positions_as_its_authors_have_them(tmp_path, rng):
     assert np.abs(without - ours).max() > 1e-4 * np.abs(ours).max(), "the offset would go unnoticed"
 
 
+@pytest.mark.slow
+def test_dinov2_of_the_published_size(tmp_path, rng):
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518}
+    theirs = write_dinov2(tmp_path, **large, mlp_ratio=4)
+    pictures = scenes(rng, 2, 64, 64)
+    with torch.inference_mode():
+        expected = theirs(dinov2_pixels(pictures)).pooler_output
+    ours = EXTRACTORS["dinov2"](tmp_path, offset=0.0, per_device=2)(pictures)["features"]
+    assert ours.shape == (2, 1024) and least_cosine(ours, expected) > 0.99999
+
+
 @pytest.mark.parametrize(
     ("before", "after", "offset"), [(37, 16, 0.1), (37, 16, 0.0), (5, 16, 0.1), (16, 37, 0)]
 )
@@ -203,26 +215,29 @@ def test_pictures_of_several_sizes_none_and_wrong_ones(tmp_path, rng):
 
 SHARDED = """
 import sys, jax, numpy as np
+net, given, out, port, count, index = sys.argv[1:]
+if count != "1":
+    jax.distributed.initialize(f"localhost:{port}", int(count), int(index), initialization_timeout=60)
 from sbv2_jax.evaluate.extractors import EXTRACTORS
 assert jax.device_count() == 4
-extractor = EXTRACTORS["dinov2"](sys.argv[1], per_device=1)
-out = extractor.program((np.zeros((4, 224, 224, 3), np.uint8),))
+extractor = EXTRACTORS["dinov2"](net, per_device=1)
 assert extractor.program.size == 4
-np.save(sys.argv[3], extractor(np.load(sys.argv[2]))["features"])
+np.save(f"{out}/{index}.npy", extractor(np.load(given))["features"])
 """
 
 
-def test_four_devices_compute_what_one_does(tmp_path, rng, monkeypatch):
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_four_devices_of_one_process_or_two_compute_what_one_does(tmp_path, rng, monkeypatch, count):
     write_dinov2(tmp_path / "net")
     pictures = scenes(rng, 6, 64, 64)
     np.save(tmp_path / "in.npy", pictures)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    command = [
-        sys.executable,
-        "-c",
-        SHARDED,
-        *map(str, (tmp_path / "net", tmp_path / "in.npy", tmp_path / "out.npy")),
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={4 // count}")
+    given = (tmp_path / "net", tmp_path / "in.npy", tmp_path, free_port(), count)
+    started = [
+        subprocess.Popen([sys.executable, "-c", SHARDED, *map(str, (*given, index))])
+        for index in range(count)
     ]
-    subprocess.run(command, check=True, timeout=300)
+    assert [one.wait(timeout=300) for one in started] == [0] * count
     expected = EXTRACTORS["dinov2"](tmp_path / "net", per_device=4)(pictures)["features"]
-    assert relative_error(np.load(tmp_path / "out.npy"), expected) < 1e-5
+    for index in range(count):
+        assert relative_error(np.load(tmp_path / f"{index}.npy"), expected) < 1e-5
