@@ -5,9 +5,11 @@ so teacher and score model, or any number of LoRAs, share one base array tree.
 """
 
 import re
+import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sbv2_jax.errors import InputError
@@ -46,6 +48,22 @@ def base_and_factors(params: Params | Shapes) -> tuple[Params | Shapes, Params |
     """Returns the parameters of the base and, apart from them, the factors of its LoRA."""
     base = {name: leaf for name, leaf in params.items() if not is_lora(name)}
     return base, {name: leaf for name, leaf in params.items() if is_lora(name)}
+
+
+def fresh_factors(shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
+    """Returns the factors that the LoRA in these abstract parameters starts from, float32 on the host.
+
+    `down` is U(-1, 1) / sqrt(features in), which is Kaiming's uniform of a = sqrt 5, and `up` zero, as in PEFT
+    (`LoraLayer.reset_lora_parameters`). Each factor is drawn from the seed and its own name alone: nothing else is.
+    """
+
+    def factor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith(".up.kernel"):
+            return np.zeros(shape, np.float32)
+        unit = np.random.default_rng((seed, zlib.crc32(name.encode()))).random(shape, np.float32)
+        return (2.0 * unit - 1.0) * np.float32(shape[0] ** -0.5)
+
+    return {name: factor(name, shape.shape) for name, shape in shapes.items() if is_lora(name)}
 
 
 def merge(base: Params, lora: Params, scale: float) -> Params:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from sbv2_jax.models.layers import LoRAScale
+from sbv2_jax.models.lora import fresh_factors
 from sbv2_jax.tree import Params, Shapes, require_same
 
 
@@ -35,10 +36,13 @@ class Network:
         """Returns freshly initialised float32 parameters on the host, the same ones on any mesh.
 
         Kernels are normal with variance 1 / fan-in (LeCun), embeddings normal with deviation 0.02, norm scales
-        one, biases zero, and a LoRA starts as in diffusers: `down` with deviation 1 / rank, `up` at zero.
+        one, biases zero, and a LoRA starts as `fresh_factors` says.
         """
-        rng = np.random.default_rng(seed)
-        return {name: _initial(rng, name, shape.shape) for name, shape in self.shapes.items()}
+        rng, factors = np.random.default_rng(seed), fresh_factors(self.shapes, seed)
+        return {
+            name: factors[name] if name in factors else _initial(rng, name, shape.shape)
+            for name, shape in self.shapes.items()
+        }
 
     def apply(
         self,
@@ -75,17 +79,14 @@ class _NoRandomness(nnx.Rngs):
 
 
 def _initial(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    module, _, leaf = name.rpartition(".")
+    leaf = name.rpartition(".")[2]
     if leaf == "logit_scale":
         return np.asarray(math.log(1 / 0.07), np.float32)  # CLIP's temperature (Radford et al., 2021)
     if leaf == "scale":
         return np.ones(shape, np.float32)
-    if leaf == "bias" or module.endswith("lora.up"):
+    if leaf == "bias":
         return np.zeros(shape, np.float32)
-    if leaf == "kernel":
-        deviation = 1.0 / shape[-1] if module.endswith("lora.down") else math.prod(shape[:-1]) ** -0.5
-    else:
-        deviation = 0.02
+    deviation = math.prod(shape[:-1]) ** -0.5 if leaf == "kernel" else 0.02
     return deviation * rng.standard_normal(shape, np.float32)
 
 

@@ -70,7 +70,7 @@ def load_state(run: Run, placement: TrainState, start: dict[str, np.ndarray] | N
         elif player.base is None:
             weights = load_component(player.part.directory, dtype=jnp.float32).params
         else:
-            weights = lora.base_and_factors(player.network.init(run.seed + player.seed_offset))[1]
+            weights = lora.fresh_factors(player.trained_shapes, run.seed + player.seed_offset)
         params[name] = place(weights, placement.players[name].params)
     initialise = jax.jit(
         lambda params: init_state(run.seed, params, run.method.optimizers, run.method.ema > 0),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import tiny_world
 import torch
@@ -79,6 +80,36 @@ def test_a_fresh_lora_changes_nothing_and_can_learn(adapted):
     _, factors = lora.base_and_factors(adapted[0].init(0))
     for name, factor in factors.items():
         assert np.any(factor) == name.endswith("down.kernel"), name
+
+
+def test_a_fresh_lora_starts_as_pefts(adapted):
+    """The range, the spread and the kurtosis of each factor against PEFT's own, on layers of these widths."""
+    shapes = adapted[0].shapes
+    factors = lora.fresh_factors(shapes, 3)
+    assert factors.keys() == lora.base_and_factors(shapes)[1].keys()
+    for name in (name for name in factors if ".down." in name):
+        features, rank = shapes[name].shape
+        wide = {name: jax.ShapeDtypeStruct((features, 512 * rank), np.float32)}
+        ours = lora.fresh_factors(wide, 3)[name]
+        layer = torch.nn.Sequential(torch.nn.Linear(features, 8))
+        theirs = peft.get_peft_model(layer, peft.LoraConfig(r=512 * rank, target_modules=["0"]))
+        theirs = theirs.base_model.model[0].lora_A["default"].weight.detach().numpy()
+        assert np.abs(ours).max() == pytest.approx(np.abs(theirs).max(), rel=0.02)
+        assert np.abs(ours).max() <= features**-0.5
+        for power in (2, 4):
+            assert np.mean(ours**power) == pytest.approx(np.mean(theirs**power), rel=0.05)
+        assert abs(ours.mean()) < 0.1 * ours.std()
+
+
+def test_a_factor_depends_on_its_name_and_the_seed_alone(adapted):
+    shapes = adapted[0].shapes
+    first, other = lora.fresh_factors(shapes, 3), lora.fresh_factors(shapes, 4)
+    names = [name for name in first if ".down." in name]
+    alone = lora.fresh_factors({names[2]: shapes[names[2]]}, 3)
+    np.testing.assert_array_equal(alone[names[2]], first[names[2]])
+    assert all(np.any(first[name] != other[name]) for name in names)
+    alike = [first[name] for name in names if first[name].shape == first[names[0]].shape]
+    assert len(alike) > 1 and len({leaf.tobytes() for leaf in alike}) == len(alike)
 
 
 def test_scale_zero_is_the_base_bit_for_bit(plain, adapted, inputs):
