@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from sbv2_jax.errors import InputError
 
@@ -26,6 +26,7 @@ class Field(NamedTuple):
     default: Any
     check: Check
     help: str
+    mixed: bool = False  # values of several types may be set, which ml_collections refuses otherwise
 
     @property
     def expected(self) -> str:
@@ -46,7 +47,7 @@ def build(declared: Mapping[str, Field]) -> ConfigDict:
             if one not in group:
                 group[one] = ConfigDict()
             group = group[one]
-        group[leaf] = field.default
+        group[leaf] = FieldReference(field.default, object) if field.mixed else field.default
     return config.lock()
 
 
@@ -159,6 +160,20 @@ def number(
         too_low = value <= low if above else value < low
         too_high = value >= high if below else value > high
         return text if too_low or too_high else None
+
+    return check
+
+
+def number_or_range(low: float) -> Check:
+    """A number as `number` takes it, or two of them, the smaller first."""
+    single = number(low)
+    expected = f"{single(None)}, or two of them, (low, high)"
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, tuple | list):
+            return expected if single(value) else None
+        right = len(value) == 2 and not any(map(single, value)) and value[0] < value[1]
+        return None if right else expected
 
     return check
 

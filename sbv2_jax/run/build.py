@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -33,7 +34,7 @@ class Run:
     """Everything static of a run, and the shapes of everything else.
 
     `frozen_parts` are the frozen networks beside the text encoder, by the names that `Frozen` has for them;
-    `guidance` and `score_guidance` are those of teacher and score model in pictures of them.
+    `guidance` and `score_guidance` are those of teacher and score model in pictures of them, of a range its mean.
     """
 
     parts: Parts
@@ -107,7 +108,7 @@ def assemble(config: ConfigDict, parts: Parts, core: Core | None = None) -> Run:
         method=method,
         frozen_parts=frozen_parts,
         compute_dtype=dtype,
-        guidance=config.vsd.guidance,
+        guidance=float(np.mean(config.vsd.guidance)),
         score_guidance=config.vsd.score_guidance,
         state_shapes=state_shapes,
         frozen_shapes=frozen_shapes,

@@ -5,7 +5,7 @@ silent, SwiftBrush's published code. docs/results.md sets them beside the paper'
 """
 
 from sbv2_jax.devices.rules import DEFAULT_RULES
-from sbv2_jax.fields import Field, either, number, one_of, regex, rules, strings, text, whole
+from sbv2_jax.fields import Field, either, number, number_or_range, one_of, regex, rules, strings, text, whole
 
 FIELDS: dict[str, Field] = {
     "steps": Field(
@@ -79,7 +79,13 @@ FIELDS: dict[str, Field] = {
         0.1, number(0, 1), "How often a sample trains the score without its prompt."
     ),
     "vsd.weight": Field(1.0, number(0), "Weight of the VSD loss in the student's objective."),
-    "vsd.guidance": Field(4.5, number(0), "Classifier-free guidance of the teacher; 1 or less is none."),
+    "vsd.guidance": Field(
+        4.5,
+        number_or_range(0),
+        "Classifier-free guidance of the teacher; 1 or less is none. Two numbers, (low, high): drawn for each sample, "
+        "uniformly, and taken as they are.",
+        mixed=True,
+    ),
     "vsd.score_guidance": Field(4.5, number(0), "And of the score model; without it costs one forward less."),
     "vsd.weighting": Field(
         "sbv2", one_of("sbv2", "dmd"), '"sbv2": s_t^2; "dmd": by the teacher\'s own error, in x0.'

@@ -149,3 +149,28 @@ def test_null_prompts_are_those_of_their_own_samples():
         assert relative_error(leaf, same[name]) < 1e-5, name
     other = gradient(world.batch, [True] * 4)
     assert abs(other["loss"] - got["loss"]) > 1e-3 * got["loss"]
+
+
+def test_a_range_of_guidance_is_drawn_for_each_sample_and_taken_as_it_is(direction_inputs, rng):
+    """Against PyTorch row by row, each with the guidance that was drawn for it; below 1 too."""
+    worlds, score, noise, text = direction_inputs
+    world = worlds["epsilon"]
+    x = rng.standard_normal((tiny_world.BATCH, *tiny_world.LATENTS), np.float32)
+    method = changed(world.run.method, score__network=score, vsd__guidance=(0.5, 4.0))
+    drawn, _ = random_numbers(method, world.init().key, 0, tiny_world.BATCH)
+    guidances = drawn.terms["vsd"].guidance
+    assert len(set(guidances.tolist())) == tiny_world.BATCH
+    np.testing.assert_array_equal(drawn.terms["vsd"].noise, noise.terms["vsd"].noise, "no other draw moves")
+    many = random_numbers(method, world.init().key, 0, 4000)[0].terms["vsd"].guidance
+    assert 0.5 <= many.min() < 0.52 and 3.98 < many.max() < 4.0 and abs(many.mean() - 2.25) < 0.06
+    ours = difference(method, world, x, drawn, text)
+
+    reference = make_reference(world, {"teacher_prediction": "epsilon"})
+    ids = torch_ids(world)
+    vsd_noise = nchw(drawn.terms["vsd"].noise), integers(drawn.terms["vsd"].t)
+    for row, guidance in enumerate(guidances.tolist()):
+        reference.method.guidance = guidance
+        with torch.no_grad():
+            rows, null = reference.encode(ids[0]), reference.encode_null(ids[-1])
+            theirs = reference.vsd_direction(nchw(x), *vsd_noise, rows, null)
+        assert relative_error(ours[row], theirs.permute(0, 2, 3, 1)[row]) < BOUND

@@ -236,3 +236,18 @@ def test_a_missing_file_and_an_unknown_argument(tmp_path):
 def test_jax_is_not_imported():
     script = "import sbv2_jax.run.config, sbv2_jax.cli, sys; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("value", [3, 0.0, (0.5, 4.0), [1.0, 2.0]])
+def test_a_guidance_is_a_number_or_a_range(value):
+    config = default_config()
+    config.vsd.guidance = value
+    validate(config)
+
+
+@pytest.mark.parametrize("value", [(4.0, 0.5), (1.0,), (1.0, 2.0, 3.0), (-1.0, 2.0), "4.5", True, (2.0, 2.0)])
+def test_a_guidance_that_is_neither_is_refused(value):
+    config = default_config()
+    config.vsd.guidance = value
+    with pytest.raises(InputError, match=r"config.vsd.guidance must be a finite number >= 0, or two of them"):
+        validate(config)

@@ -66,17 +66,19 @@ def vsd_loss(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 class VSDNoise(NamedTuple):
-    """The random numbers of the term: noise [B, h, w, C] and t [B]."""
+    """The random numbers of the term: noise [B, h, w, C], t [B], and the guidance [B] where it is a range."""
 
     noise: jax.Array
     t: jax.Array
+    guidance: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class VSD(Term):
     """Variational score distillation: the teacher pulls the samples, the score model tells where they are.
 
-    `score` is the score model, whose network without its LoRA is the teacher.
+    `score` is the score model, whose network without its LoRA is the teacher. The teacher's `guidance` is a number, or
+    a range (low, high) from which each sample has its own, uniformly (SNOOPI, Nguyen et al., 2024, equation 4).
     """
 
     name: ClassVar[str] = "vsd"
@@ -84,7 +86,7 @@ class VSD(Term):
 
     score: Score
     scale: float = 1.0
-    guidance: float = 4.5
+    guidance: float | tuple[float, float] = 4.5
     score_guidance: float = 4.5
     weighting: str = "sbv2"
     t_min: int = 20
@@ -99,7 +101,7 @@ class VSD(Term):
         return cls(
             score=score,
             scale=values.weight,
-            guidance=values.guidance,
+            guidance=tuple(values.guidance) if isinstance(values.guidance, list | tuple) else values.guidance,
             score_guidance=values.score_guidance,
             weighting=values.weighting,
             t_min=values.t_min,
@@ -112,9 +114,15 @@ class VSD(Term):
 
     def draw(self, keys: NamedKeys, batch_size: int, latent_shape: tuple[int, ...]) -> VSDNoise:
         """Returns what noises the samples, t ~ U{t_min .. t_max}."""
-        return VSDNoise(
+        noise = VSDNoise(
             noise=jax.random.normal(keys("noise"), (batch_size, *latent_shape)),
             t=jax.random.randint(keys("t"), (batch_size,), self.t_min, self.t_max + 1),
+        )
+        if not isinstance(self.guidance, tuple):
+            return noise
+        low, high = self.guidance
+        return noise._replace(
+            guidance=jax.random.uniform(keys("guidance"), (batch_size,), minval=low, maxval=high)
         )
 
     def prepare(self, given: Given, x: jax.Array) -> jax.Array:
@@ -128,11 +136,9 @@ class VSD(Term):
         schedule = score.schedule
         x_t = rounded(add_noise(schedule, x, noise.noise, noise.t), score.compute_dtype)
         null = like(given.frozen["null_text"], text)
-        passes = [
-            (rows, scale)
-            for guidance, scale in ((self.guidance, 0.0), (self.score_guidance, score.lora_scale))
-            for rows in ((text, null) if is_guided(guidance) else (text,))
-        ]
+        ranged = noise.guidance is not None
+        both = ((ranged or is_guided(self.guidance), 0.0), (is_guided(self.score_guidance), score.lora_scale))
+        passes = [(rows, scale) for two, scale in both for rows in ((text, null) if two else (text,))]
         output = score.network.apply(
             score.weights(given.params[score.name], given.frozen),
             interleaved(*[x_t.astype(score.compute_dtype)] * len(passes)),
@@ -142,13 +148,14 @@ class VSD(Term):
         )
         rows = iter(separated(output.astype(jnp.float32), len(passes)))
 
-        def guided(guidance: float) -> jax.Array:
+        def guided(two: bool, guidance: float | jax.Array) -> jax.Array:
             conditional = next(rows)
-            if is_guided(guidance):
+            if two:
                 conditional = classifier_free_guidance(conditional, next(rows), guidance)
             return to_epsilon(schedule, conditional, x_t, noise.t)
 
-        teacher_epsilon, score_epsilon = guided(self.guidance), guided(self.score_guidance)
+        teacher_epsilon = guided(both[0][0], noise.guidance if ranged else self.guidance)
+        score_epsilon = guided(both[1][0], self.score_guidance)
         return vsd_gradient(schedule, self.weighting, x, x_t, noise.t, teacher_epsilon, score_epsilon)
 
     def loss(self, given: Given, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
