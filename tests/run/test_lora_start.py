@@ -4,11 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch_reference
 from conftest import relative_error
+from diffusers import UNet2DConditionModel
 from made_run import make_run
 from ml_collections import ConfigDict
+from scipy.stats import ks_2samp
 from tiny_pipeline import write_pipeline
 
+from sbv2_jax.convert.formats.names import params_to_torch
 from sbv2_jax.convert.lora.files import modules_of
 from sbv2_jax.convert.lora.write import FORMATS, save_lora
 from sbv2_jax.devices.sharding import make_mesh, shardings
@@ -40,6 +45,30 @@ def make_config(world: Path, **changes: object) -> ConfigDict:
     config.score.update(rank=2, alpha=3.0)
     config.update_from_flattened_dict(changes)
     return config
+
+
+@pytest.mark.parametrize("player", ["student", "score"])
+def test_a_new_lora_of_a_run_starts_as_pefts(world, player):
+    """The score model's and a student's: every factor has the shape, and all have the distribution, of PEFT's own."""
+    values = {"rank": 512, "alpha": 1024.0, "targets": r".*\.attn[12]\.to_(q|k|v|out\.0)"}
+    group = "student.lora" if player == "student" else "score"
+    config = make_config(world, **{f"{group}.{name}": value for name, value in values.items()})
+    run = assemble(config, read_parts(config))
+    state = load_state(run, shardings(run.state_shapes, make_mesh(1, 1, 1)))
+    ours = params_to_torch(state.players[player].params)
+    torch.manual_seed(5)
+    unet = UNet2DConditionModel.from_pretrained(world / "pipeline", subfolder="unet")
+    theirs = torch_reference.weights(torch_reference.with_lora(unet, values))
+    theirs = {name: leaf for name, leaf in theirs.items() if ".lora." in name}
+    assert {name: leaf.shape for name, leaf in ours.items()} == {n: leaf.shape for n, leaf in theirs.items()}
+    pools = []
+    for side in (ours, theirs):
+        down = [leaf * leaf.shape[1] ** 0.5 for name, leaf in side.items() if ".down." in name]
+        assert all(not leaf.any() for name, leaf in side.items() if ".up." in name)
+        assert all(0.95 < np.abs(leaf).max() < 1 + 1e-6 for leaf in down), "U(-1, 1) / sqrt(features in)"
+        pools.append(np.concatenate([leaf.ravel() for leaf in down]))
+    assert pools[0].size > 20_000
+    assert ks_2samp(*pools).statistic < 2.2 * (2 / pools[0].size) ** 0.5  # beyond it once in 10,000 times
 
 
 def test_the_lora_of_a_run_is_where_another_starts(world, tmp_path):
