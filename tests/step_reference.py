@@ -17,6 +17,7 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
         **predictions,
         total_steps=config.steps,
         weighting=config.vsd.weighting,
+        score_weighting=config.score.weighting,
         guidance=config.vsd.guidance,
         score_guidance=config.vsd.score_guidance,
         vsd_weight=config.vsd.weight,

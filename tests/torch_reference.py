@@ -25,6 +25,7 @@ class Method:
     student_prediction: str = "epsilon"
     teacher_prediction: str = "epsilon"
     weighting: str = "sbv2"
+    score_weighting: str = "epsilon"
     guidance: float = 4.5
     score_guidance: float = 4.5
     vsd_weight: float = 1.0
@@ -201,7 +202,19 @@ class Reference:
         x_t = self.process.noised(x, noise, t)
         rows = [null if dropped else own for dropped, *own in zip(null_mask, *text, strict=True)]
         output = self.output(self.score, x_t, t, tuple(map(torch.stack, zip(*rows, strict=True))))
-        return (self.process.a(t) ** 2 * (self.process.epsilon(output, x_t, t) - noise) ** 2).mean()
+        return self.denoising(output, x, x_t, noise, t).mean()
+
+    def denoising(self, output: Tensor, x: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The squared errors of the score model's output, each with its weight."""
+        a, s = self.process.a(t), self.process.s(t)
+        epsilon = self.process.epsilon(output, x_t, t)
+        kind = self.method.score_weighting
+        if kind == "native":
+            kind = {"epsilon": "plain epsilon", "v_prediction": "v"}[self.process.prediction]
+        if kind == "v":
+            v = a * epsilon - s * self.process.x0(output, x_t, t)
+            return (v - (a * noise - s * x)) ** 2
+        return (epsilon - noise) ** 2 * (a**2 if kind == "epsilon" else 1)
 
     def step(self, index: int, ids, clip_ids, empty_ids, student_draw, score_draws) -> dict[str, float]:
         """Trains the student, then the score model on the same samples; returns the losses.

@@ -292,6 +292,16 @@ def to_x0(schedule: Schedule, output: jax.Array, x_t: jax.Array, t: jax.Array) -
     return _convert(schedule, output, x_t, t, epsilon=epsilon_to_x0, v_prediction=v_to_x0)
 
 
+def ideal_output(schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+    """Returns what a network should say of `add_noise(x0, noise, t)`: the noise, or v = a_t noise - s_t x0.
+
+    Shapes and errors as in `add_noise`. From the noise itself, not from x_t, whose rounding would be divided by s_t.
+    """
+    a, s = coefficients(schedule, t, x0, noise)
+    _require_one_of("prediction_type", schedule.prediction_type, PREDICTION_TYPES)
+    return noise if schedule.prediction_type == "epsilon" else a * noise - s * x0
+
+
 def classifier_free_guidance(
     conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array
 ) -> jax.Array:

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sbv2_jax.diffusion.schedule import Schedule, add_noise, coefficients, rounded, to_epsilon
+from sbv2_jax.diffusion.schedule import Schedule, add_noise, coefficients, ideal_output, rounded, to_epsilon
 from sbv2_jax.distill.player import Player, Setting, with_lora
 from sbv2_jax.distill.random_numbers import NamedKeys
 from sbv2_jax.distill.state import Frozen
 from sbv2_jax.models.conditions import Text
 from sbv2_jax.tree import Params
+
+WEIGHTINGS = ("epsilon", "v", "native")
 
 
 class ScoreNoise(NamedTuple):
@@ -23,13 +25,31 @@ class ScoreNoise(NamedTuple):
     null: jax.Array
 
 
-def score_loss(schedule: Schedule, epsilon: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns a_t^2 mean |epsilon - noise|^2, [B]: denoising, weighted as in SwiftBrush's training.
+def score_loss(
+    schedule: Schedule,
+    weighting: str,
+    output: jax.Array,
+    x: jax.Array,
+    x_t: jax.Array,
+    noise: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
+    """Returns the denoising loss of a score model's output for x_t = a_t x + s_t noise, [B].
 
-    epsilon is the score model's prediction, noise what was added, both [B, h, w, C]; t int32 [B].
+    Weighting "epsilon": a_t^2 mean |eps_S - noise|^2, as in SwiftBrush's training. "v": mean |v_S - v|^2, which
+    is the same over a_t^4. "native": the mean squared error of what the network predicts, one or the other.
+    All arrays float32 [B, h, w, C], t int32 [B]; raises TypeError for other dtypes.
     """
-    a, _ = coefficients(schedule, t, epsilon, noise)
-    return jnp.mean((a * (epsilon - noise)) ** 2, axis=tuple(range(1, epsilon.ndim)))
+    a, _ = coefficients(schedule, t, output, x, x_t, noise)
+    if weighting == "epsilon":
+        error = a * (to_epsilon(schedule, output, x_t, t) - noise)
+    elif weighting in WEIGHTINGS:
+        error = output - ideal_output(schedule, x, noise, t)
+        if weighting == "v" and schedule.prediction_type == "epsilon":
+            error = error / a  # eps = s_t x_t + a_t v, of one x_t
+    else:
+        raise ValueError(f"weighting={weighting!r} is none of {WEIGHTINGS}")
+    return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +59,7 @@ class Score(Player):
     name: ClassVar[str] = "score"
 
     null_prompt_probability: float = 0.1
+    weighting: str = "epsilon"
 
     @classmethod
     def build(cls, config: ConfigDict, setting: Setting) -> Self:
@@ -54,6 +75,7 @@ class Score(Player):
             updates=values.updates_per_step,
             compute_dtype=setting.compute_dtype,
             null_prompt_probability=values.null_prompt_probability,
+            weighting=values.weighting,
         )
 
     def draw(self, keys: NamedKeys, batch_size: int, latent_shape: tuple[int, ...]) -> ScoreNoise:
@@ -81,5 +103,5 @@ class Score(Player):
             *jax.tree.map(dropped, frozen["null_text"], text),
             lora_scale=self.lora_scale,
         )
-        epsilon = to_epsilon(self.schedule, output.astype(jnp.float32), x_t, noise.t)
-        return score_loss(self.schedule, epsilon, noise.noise, noise.t)
+        output = output.astype(jnp.float32)
+        return score_loss(self.schedule, self.weighting, output, x, x_t, noise.noise, noise.t)

@@ -78,6 +78,12 @@ FIELDS: dict[str, Field] = {
     "score.null_prompt_probability": Field(
         0.1, number(0, 1), "How often a sample trains the score without its prompt."
     ),
+    "score.weighting": Field(
+        "epsilon",
+        one_of("epsilon", "v", "native"),
+        'Of the score model\'s loss: "epsilon": a_t^2 of the error in epsilon, as published, which is a_t^4 of that in '
+        'v, so that a v network hardly learns at large t; "v": the error in v; "native": in what the network predicts.',
+    ),
     "vsd.weight": Field(1.0, number(0), "Weight of the VSD loss in the student's objective."),
     "vsd.guidance": Field(
         4.5,

@@ -1,5 +1,7 @@
 """The losses against NumPy and PyTorch, their gradients, and what must carry none."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from diffusers import DDPMScheduler
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig, add_noise, make_schedule
+from sbv2_jax.distill.score import WEIGHTINGS as SCORE_WEIGHTINGS
 from sbv2_jax.distill.score import score_loss
 from sbv2_jax.distill.terms.clip import clamped_clip_loss, cosine
 from sbv2_jax.distill.terms.vsd import WEIGHTINGS, vsd_gradient, vsd_loss
@@ -104,18 +108,63 @@ def test_nothing_reaches_teacher_and_score_through_the_loss(arrays):
         np.testing.assert_array_equal(other, 0.0)
 
 
-def test_score_loss_and_its_gradient_equal_pytorch(arrays):
-    _, _, epsilon, noise = arrays
-    value = score_loss(SCHEDULE, epsilon, noise, T)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("weighting", SCORE_WEIGHTINGS)
+def test_score_loss_and_its_gradient_equal_pytorch(arrays, weighting, prediction):
+    """Each sample's value, and the gradient to the network's output, from diffusers' own noise and v."""
+    x, _, output, noise = arrays
+    schedule = dataclasses.replace(SCHEDULE, prediction_type=prediction)
+    x_t = add_noise(schedule, x, noise, T)
+    value = score_loss(schedule, weighting, output, x, x_t, noise, T)
     assert value.shape == (4,) and value.dtype == jnp.float32
-    gradient = jax.grad(lambda e: score_loss(SCHEDULE, e, noise, T).mean())(epsilon)
-    theirs = torch.tensor(np.asarray(epsilon), dtype=torch.float64, requires_grad=True)
-    target = torch.tensor(np.asarray(noise), dtype=torch.float64)
-    weight = torch.tensor(alpha_sigma()[0]).flatten() ** 2
-    want = weight * F.mse_loss(theirs, target, reduction="none").mean((1, 2, 3))
-    want.mean().backward()
-    assert relative_error(value, want.detach()) < BOUND
-    assert relative_error(gradient, theirs.grad) < BOUND
+    gradient = jax.grad(lambda o: score_loss(schedule, weighting, o, x, x_t, noise, T).mean())(output)
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    x, output, noise = (torch.tensor(np.asarray(a), dtype=torch.float64) for a in (x, output, noise))
+    t = torch.tensor(T).long()
+    alpha, sigma = (torch.tensor(values) for values in alpha_sigma())
+    noised, velocity = scheduler.add_noise(x, noise, t), scheduler.get_velocity(x, noise, t)
+    output.requires_grad_()
+    if prediction == "epsilon":
+        epsilon, v = output, (output - sigma * noised) / alpha
+    else:
+        epsilon, v = alpha * output + sigma * noised, output
+    published = alpha.flatten() ** 2 * F.mse_loss(epsilon, noise, reduction="none").mean((1, 2, 3))
+    wanted = {"epsilon": published, "v": F.mse_loss(v, velocity, reduction="none").mean((1, 2, 3))}
+    own = (epsilon, noise) if prediction == "epsilon" else (v, velocity)
+    wanted["native"] = F.mse_loss(*own, reduction="none").mean((1, 2, 3))
+    wanted[weighting].mean().backward()
+    for ours, theirs in zip(value, wanted[weighting].detach(), strict=True):
+        assert relative_error(ours, theirs) < 5e-5  # alphas_cumprod of diffusers are float32
+    for ours, theirs in zip(gradient, output.grad, strict=True):
+        assert relative_error(ours, theirs) < 5e-5
+
+
+def test_the_published_weight_is_a_to_the_fourth_of_an_error_in_v(arrays):
+    x, _, output, noise = arrays
+    schedule = dataclasses.replace(SCHEDULE, prediction_type="v_prediction")
+    given = (output, x, add_noise(schedule, x, noise, T), noise, T)
+    ratio = score_loss(schedule, "epsilon", *given) / score_loss(schedule, "v", *given)
+    np.testing.assert_allclose(ratio, alpha_sigma()[0].flatten() ** 4, rtol=1e-4)
+    assert ratio[-1] < 1e-4 < 0.9 < ratio[0]
+
+
+@pytest.mark.parametrize("weighting", ["v", "native"])
+def test_at_zero_terminal_snr_a_v_network_learns_from_pure_noise(rng, weighting):
+    """a_T = 0: the published weighting gives nothing there, and nothing is divided by it."""
+    config = ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    schedule, t = make_schedule(config), np.array([999], np.int32)
+    output, x, noise = (jnp.asarray(rng.standard_normal((1, *SHAPE[1:])), jnp.float32) for _ in range(3))
+    value = score_loss(schedule, weighting, output, x, noise, noise, t)
+    assert relative_error(value, np.mean((np.float64(output) + x) ** 2, (1, 2, 3))) < BOUND
+    assert score_loss(schedule, "epsilon", output, x, noise, noise, t) == 0
+
+
+def test_an_unknown_weighting_of_the_score_is_an_error(arrays):
+    x, x_t, output, noise = arrays
+    with pytest.raises(ValueError, match="weighting='x0' is none of"):
+        score_loss(SCHEDULE, "x0", output, x, x_t, noise, T)
 
 
 def test_clip_loss_is_clamped_for_each_sample_not_for_the_batch(rng):
@@ -154,4 +203,4 @@ def test_bfloat16_is_refused_wherever_it_comes_from(arrays, weighting, which):
         vsd_gradient(SCHEDULE, weighting, x, x_t, T, teacher, score)
     if which < 2:
         with pytest.raises(TypeError, match="float32"):
-            score_loss(SCHEDULE, x, x_t, T)
+            score_loss(SCHEDULE, "epsilon", teacher, x, x_t, score, T)

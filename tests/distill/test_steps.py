@@ -2,7 +2,7 @@
 
 Each case is one run as `assemble` makes it, its `train_step` compiled once, and one `torch_reference.Reference`
 with the same weights and random numbers. Between them the cases have full and LoRA students, epsilon and v of
-student and of teacher, both weightings, all guidance scales, both decoders, several score updates, accumulation,
+student and of teacher, all weightings, all guidance scales, both decoders, several score updates, accumulation,
 and SDXL with both of its null conditions.
 """
 
@@ -63,6 +63,7 @@ CASES = {
             "vsd.guidance": 1.0,
             "vsd.score_guidance": 1.0,
             "vsd.weight": 0.7,
+            "score.weighting": "v",
             "clip.weight": 3.0,
             "accumulate": 2,
         },
@@ -70,7 +71,7 @@ CASES = {
         {},
     ),
     "LoRA, epsilon from v, sbv2, KL decoder": (
-        {"student.mode": "lora", "clip.weight": 1.0, "clip.decoder": "vae"},
+        {"student.mode": "lora", "score.weighting": "native", "clip.weight": 1.0, "clip.decoder": "vae"},
         {"teacher_prediction": "v_prediction"},
         {},
     ),

@@ -136,6 +136,7 @@ def test_the_number_of_steps_may_change_where_nothing_falls_towards_the_last(cha
         ("student.lora.targets", "(", "a regular expression (missing )"),
         ("score.null_prompt_probability", 1.5, "a finite number >= 0 and <= 1"),
         ("vsd.weighting", "DMD", "one of 'sbv2', 'dmd'"),
+        ("score.weighting", "x0", "one of 'epsilon', 'v', 'native', not 'x0'"),
         ("vsd.t_max", 1000, "a whole number from 1 to 999"),
         ("clip.tau", 2, "a finite number >= -1 and <= 1"),
         ("ema", 1.0, "a finite number >= 0 and < 1"),
