@@ -29,7 +29,7 @@ KINDS = ("one", "stages")
 def main() -> None:
     config = _CONFIG.value
     with tempfile.TemporaryDirectory() as empty:
-        run, layout, source, tokenizers, start = prepare(config, Path(empty))
+        run, layout, source, tokenizers, start, *_ = prepare(config, Path(empty))
     frozen = load_frozen(run, tokenizers["input_ids"].encode([""])[0], layout.frozen)
     steps, states = {}, {}
     for kind in KINDS:
@@ -41,7 +41,7 @@ def main() -> None:
     batches = prompt_batches(source, config.batch_size, config.seed)
     seconds = {kind: [] for kind in KINDS}
     for number in trange(_PAIRS.value + 1, unit="pair"):
-        batch = next_batch(batches, tokenizers, layout.mesh)
+        batch = next_batch(batches, tokenizers, layout.mesh, run.method.updates)
         for kind in KINDS if number % 2 else KINDS[::-1]:
             begin = time.perf_counter()
             states[kind], metrics = steps[kind](states[kind], frozen, batch)

@@ -7,6 +7,7 @@ from tiny_world import World
 from torch_reference import integers
 
 from sbv2_jax.convert.formats.names import params_to_torch
+from sbv2_jax.distill.gradients import FRESH
 from sbv2_jax.models.conditions import split_towers
 
 
@@ -64,5 +65,6 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
 
 
 def torch_ids(world: World) -> tuple[torch.Tensor, ...]:
-    """Returns the ids of the prompts, of the CLIP loss's prompts and of the null prompt."""
-    return tuple(integers(a) for a in (*world.batch.values(), world.empty))
+    """Returns the ids of the prompts, of the CLIP loss's prompts if there is one, and of the null prompt."""
+    own = [ids for column, ids in world.batch.items() if column != FRESH]
+    return tuple(integers(a) for a in (*own, world.empty))

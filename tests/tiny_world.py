@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig
-from sbv2_jax.distill.gradients import Batch
+from sbv2_jax.distill.gradients import FRESH, Batch
 from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.state import Frozen, TrainState, init_state
 from sbv2_jax.models import lora
@@ -137,6 +137,12 @@ def token_ids(rng: np.random.Generator, batch: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def of_both(ids: np.ndarray) -> np.ndarray:
+    """Returns SDXL's ids of the same prompts: the second tokenizer pads with 0."""
+    ended = np.cumsum(ids == END, axis=1) > 1
+    return np.stack([ids, np.where(ended, 0, ids)], axis=1).astype(np.int32)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
     """A run as `assemble` makes it, and what its step is called with."""
@@ -195,16 +201,19 @@ def make_world(
             frozen[name] = random_params(network(parts.networks[name].config), seed)
     rng = np.random.default_rng(7)
     ids, clip_ids = token_ids(rng, config.batch_size), token_ids(rng, config.batch_size)
-    if xl:  # the same prompts, padded as the second tokenizer does
-        ended = np.cumsum(ids == END, axis=1) > 1
-        ids = np.stack([ids, np.where(ended, 0, ids)], axis=1).astype(np.int32)
+    if xl:
+        ids = of_both(ids)
+    fresh = {}
+    if (further := run.method.updates - 1) > 0:
+        of_updates = [token_ids(rng, config.batch_size) for _ in range(further)]
+        fresh[FRESH] = np.stack([of_both(ids) if xl else ids for ids in of_updates])
     return World(
         config=config,
         run=run,
         frozen=frozen,
         student=student_lora if run.lora_student else student_base,
         score=score,
-        batch={"input_ids": ids} | ({"clip_input_ids": clip_ids} if parts.networks else {}),
+        batch={"input_ids": ids} | ({"clip_input_ids": clip_ids} if parts.networks else {}) | fresh,
     )
 
 

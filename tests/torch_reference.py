@@ -216,13 +216,23 @@ class Reference:
             return (v - (a * noise - s * x)) ** 2
         return (epsilon - noise) ** 2 * (a**2 if kind == "epsilon" else 1)
 
-    def step(self, index: int, ids, clip_ids, empty_ids, student_draw, score_draws) -> dict[str, float]:
-        """Trains the student, then the score model on the same samples; returns the losses.
+    def step(
+        self, index: int, ids, clip_ids, empty_ids, student_draw, score_draw, fresh=()
+    ) -> dict[str, float]:
+        """Trains the score model on fresh samples, the student, the score model on its samples; returns the losses.
 
-        student_draw: z, noise, t. score_draws: noise, t and the mask of null prompts of each update.
+        student_draw: z, noise, t. score_draw: noise, t and the mask of null prompts. fresh: for each update of the
+        score model on samples of its own the ids of the prompts, z, and a score_draw (DMD2's two time scales).
         """
         z, noise, t = student_draw
         text, null = self.encode(ids), self.encode_null(empty_ids)
+        score_losses = []
+        for fresh_ids, fresh_z, fresh_draw in fresh:
+            fresh_text = self.encode(fresh_ids)
+            with torch.no_grad():
+                fresh_x = self.generate(fresh_z, fresh_text)
+            score_losses.append(self.score_loss(fresh_x, *fresh_draw, fresh_text, null))
+            self.descend(self.score, score_losses[-1])
         x = self.generate(z, text)
         loss, reported = self.student_loss(x, noise, t, text, null, clip_ids, index)
         self.descend(self.student, loss)
@@ -230,12 +240,9 @@ class Reference:
         with torch.no_grad():
             for mean, new in zip(self.average.parameters(), self.student.parameters(), strict=True):
                 mean.copy_(decay * mean + (1 - decay) * new)
-        for score_draw in score_draws:
-            loss = self.score_loss(x.detach(), *score_draw, text, null)
-            self.descend(self.score, loss)
-            reported.setdefault("loss/score", 0.0)
-            reported["loss/score"] += loss.item() / len(score_draws)
-        return reported
+        score_losses.append(self.score_loss(x.detach(), *score_draw, text, null))
+        self.descend(self.score, score_losses[-1])
+        return reported | {"loss/score": sum(loss.item() for loss in score_losses) / len(score_losses)}
 
     def descend(self, module: torch.nn.Module, loss: Tensor) -> None:
         self.optimizers[module].zero_grad()

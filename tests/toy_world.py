@@ -10,6 +10,7 @@ from flax import nnx
 from tiny_world import fast_jit
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
+from sbv2_jax.distill.gradients import FRESH
 from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.score import Score
 from sbv2_jax.distill.state import TrainState, init_state
@@ -101,6 +102,8 @@ class Toy:
         self.frozen = cast(frozen, dtype)
         ids, clip_ids = (rng.integers(1, VOCABULARY - 1, (BATCH, 3)).astype(np.int32) for _ in range(2))
         self.batch = {"input_ids": ids, "clip_input_ids": clip_ids}
+        # The prompts of two more updates of the score model.
+        self.fresh = {FRESH: rng.integers(1, VOCABULARY - 1, (2, BATCH, 3)).astype(np.int32)}
         self.method = changed(method, **changes)
 
     def init(self, seed: int = 0, ema: bool = True) -> TrainState:

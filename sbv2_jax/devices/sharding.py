@@ -100,7 +100,7 @@ class Layout:
         """What a training step is told."""
         return Placement(
             batch=batch_sharding(self.mesh),
-            batches=NamedSharding(self.mesh, PartitionSpec(None, AXES)),
+            batches=batches_sharding(self.mesh),
             whole=NamedSharding(self.mesh, PartitionSpec()),
             state=self.state,
         )
@@ -145,6 +145,11 @@ def matches(tree: Any, rules: Rules = DEFAULT_RULES) -> dict[str, int]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def batches_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of several batches, stacked: the axis after the leading one over all devices."""
+    return NamedSharding(mesh, PartitionSpec(None, AXES))
 
 
 def bytes_per_device(tree: Any, tree_shardings: Any) -> int:

@@ -1,6 +1,7 @@
 """The stages of a training step: pure functions with only latents between them.
 
-random_numbers     step, key               -> all random numbers of the step
+fresh samples      prompts, key            -> samples, and what a follower's update on them needs
+random_numbers     step, key               -> the random numbers of the student's update and of the one after it
 encode             prompts                 -> text conditions, and what each term makes of its columns
 student forward    student, z              -> x, the student's one-step sample
 TERM prepare       players, x              -> what a term prepares without gradient, such as the VSD direction
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from sbv2_jax.devices.programs import ANYWHERE, INLINE, Placement, Programs
 from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.player import Player
-from sbv2_jax.distill.random_numbers import keys_of_step
+from sbv2_jax.distill.random_numbers import keys_of_step, keys_of_update
 from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.distill.terms.term import Given, Term
 from sbv2_jax.models.conditions import Text
@@ -26,9 +27,10 @@ from sbv2_jax.tree import Params
 
 Metrics = dict[str, jax.Array]
 
-# Token ids by the name of their column: "input_ids" for the text encoder, [B, S] or SDXL's [B, 2, S], and those
-# that the terms read.
+# Token ids by the name of their column: "input_ids" for the text encoder, [B, S] or SDXL's [B, 2, S], those that
+# the terms read, and where a step has more than one update of a follower, FRESH, [updates - 1, B, ...].
 Batch = dict[str, jax.Array]
+FRESH = "fresh_input_ids"
 
 
 class Conditions(NamedTuple):
@@ -50,8 +52,8 @@ def random_numbers(
 ) -> tuple[StudentNoise, dict[str, Any]]:
     """Draws the whole batch's random numbers at once: the student's, and each follower's by its name.
 
-    They depend on the root key and the step alone: not on the mesh, nor on how the batch is accumulated.
-    The followers' arrays have a leading axis, that of a step's updates.
+    They depend on the root key and the step alone: not on the mesh, nor on how the batch is accumulated. The
+    followers' are those of the update on the student's own samples.
     """
 
     keys_of = keys_of_step(key, step)
@@ -61,6 +63,39 @@ def random_numbers(
 
     student = StudentNoise(drawn(method.student), {term.name: drawn(term) for term in method.terms})
     return student, {player.name: drawn(player) for player in method.followers}
+
+
+def fresh_inputs(
+    method: Method, player: Player, key: jax.Array, frozen: Frozen, input_ids: jax.Array
+) -> tuple[jax.Array, Text, Any]:
+    """Returns z and the text of fresh samples, and a follower's random numbers for its update on them.
+
+    `key` is the update's, of `keys_of_updates`; every follower of a step gets the same samples.
+    """
+    keys_of, batch_size = keys_of_update(key), input_ids.shape[0]
+    z, noise = (
+        owner.draw(keys_of(owner.name), batch_size, method.latent_shape) for owner in (method.student, player)
+    )
+    return z, method.text_encoder.apply(frozen["text_encoder"], input_ids, method.latent_shape), noise
+
+
+def fresh_samples(
+    method: Method,
+    params: Params,
+    frozen: Frozen,
+    z: jax.Array,
+    text: Text,
+    programs: Programs = INLINE,
+    place: Placement = ANYWHERE,
+) -> jax.Array:
+    """Returns the samples of a student, of which no gradient will be taken, in the passes of the update."""
+
+    def one_pass(z: jax.Array, text: Text) -> tuple[tuple, jax.Array]:
+        return (), programs.run(
+            "student samples", method.student.forward, params, frozen, z, text, out=place.batch
+        )
+
+    return programs.average("fresh", one_pass, method.accumulate, (z, text))[1]
 
 
 def encode(method: Method, frozen: Frozen, batch: Batch) -> Conditions:

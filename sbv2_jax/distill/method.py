@@ -37,6 +37,11 @@ class Method:
         return {name: player.optimizer for name, player in self.players.items()}
 
     @property
+    def updates(self) -> int:
+        """The most updates that a step has of a follower; all but one of them take a batch of prompts of their own."""
+        return max((player.updates for player in self.followers), default=1)
+
+    @property
     def columns(self) -> dict[str, str]:
         """The columns that the terms read, each with the frozen CLIP whose tokenizer makes it of the prompts."""
         return {column: clip for term in self.terms for column, clip in term.columns.items()}

@@ -43,7 +43,8 @@ class Setting:
 class Player:
     """A trained network: all of its weights, from those of `part`, or a LoRA on the frozen network `base`.
 
-    `updates` is how often a step updates it. A LoRA is drawn from the run's seed + `seed_offset`.
+    `updates` is how often a step updates one that follows the student: on fresh samples each time but the last,
+    which is on those that the student learns from. A LoRA is drawn from the run's seed + `seed_offset`.
     """
 
     name: ClassVar[str]
@@ -78,7 +79,7 @@ class Player:
         return {**(frozen[self.base] if self.base else {}), **cast(params, self.compute_dtype)}
 
     def draw(self, keys: NamedKeys, batch_size: int, latent_shape: tuple[int, ...]) -> Any:
-        """Returns the random numbers of a step: of one that follows the student, [updates, B, ...] each."""
+        """Returns the random numbers of an update, [B, ...] each: the student's is z, [B, h, w, C]."""
         raise NotImplementedError
 
     def forward(self, params: Params, frozen: Frozen, x: jax.Array, text: Text, noise: Any) -> jax.Array:

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 # A key for a name such as "noise", within the term or player that asks for it.
 NamedKeys = Callable[[str], jax.Array]
@@ -28,5 +29,25 @@ def keys_of_step(root: jax.Array, step: jax.Array) -> Callable[[str], NamedKeys]
             )
 
         return key
+
+    return keys_of
+
+
+def keys_of_updates(root: jax.Array, step: jax.Array, count: int) -> jax.Array:
+    """Returns a raw key for each of `count` updates on fresh samples, uint32 [count, 2].
+
+    Each depends on the root key, the step and the number of its update alone, not on how many there are.
+    """
+    key = keys_of_step(root, step)("fresh")("updates")
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count)))
+
+
+def keys_of_update(key: jax.Array) -> Callable[[str], NamedKeys]:
+    """Returns, for the name of a player, its keys by name; `key` is one of `keys_of_updates`."""
+
+    def keys_of(owner: str) -> NamedKeys:
+        return lambda name: jax.random.fold_in(
+            jax.random.wrap_key_data(key), zlib.crc32(f"{owner}/{name}".encode())
+        )
 
     return keys_of

@@ -79,13 +79,15 @@ class Score(Player):
         )
 
     def draw(self, keys: NamedKeys, batch_size: int, latent_shape: tuple[int, ...]) -> ScoreNoise:
-        """Returns the random numbers of all updates of a step, with a leading axis of `updates`."""
-        shape = (self.updates, batch_size)
-        return ScoreNoise(
+        """Returns the random numbers of an update."""
+        # Of one update: without this axis XLA's CPU compiler fuses, and so rounds, the step in another way.
+        shape = (1, batch_size)
+        noise = ScoreNoise(
             noise=jax.random.normal(keys("noise"), (*shape, *latent_shape)),
             t=jax.random.randint(keys("t"), shape, 0, self.schedule.num_timesteps),
             null=jax.random.bernoulli(keys("null"), self.null_prompt_probability, shape),
         )
+        return jax.tree.map(lambda a: a[0], noise)
 
     def forward(
         self, params: Params, frozen: Frozen, x: jax.Array, text: Text, noise: ScoreNoise

@@ -12,17 +12,21 @@ import optax
 from sbv2_jax.devices.programs import ANYWHERE, INLINE, Placement, Programs
 from sbv2_jax.distill.ema import ema_decay
 from sbv2_jax.distill.gradients import (
+    FRESH,
     Batch,
     Conditions,
     Metrics,
     StudentNoise,
     encode,
     follower_gradient,
+    fresh_inputs,
+    fresh_samples,
     random_numbers,
     student_gradient,
 )
 from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.player import Player
+from sbv2_jax.distill.random_numbers import keys_of_updates
 from sbv2_jax.distill.state import Frozen, PlayerState, TrainState
 from sbv2_jax.models.conditions import Text
 from sbv2_jax.tree import Params, lerp
@@ -33,51 +37,90 @@ TrainStep = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 def make_train_step(method: Method, place: Placement = ANYWHERE, programs: Programs = INLINE) -> TrainStep:
     """Returns `train_step(state, frozen, batch) -> (state, metrics)`; inline it is pure, to be jitted.
 
-    The student is updated by the gradient of its terms, then each follower on the student's samples. Where a
-    loss or a gradient is not finite, nothing but the step count changes and the metric `skipped` is 1.
+    The student is updated by the gradient of its terms, then each follower on the student's samples. What a follower
+    has of further updates come before, each on prompts, noise and samples of its own, so that between two updates of
+    the student all but one see the student as it is: as in DMD2 (Yin et al., 2024, section 4.2). Where a loss or a
+    gradient is not finite, nothing but the step count changes and the metric `skipped` is 1.
     Every metric is a float32 scalar.
     """
 
     def begin(key: jax.Array, step: jax.Array, frozen: Frozen, batch: Batch):
         noise = random_numbers(method, key, step, batch["input_ids"].shape[0])
-        return encode(method, frozen, batch), *noise
+        counts = {player.name: player.updates - 1 for player in method.followers if player.updates > 1}
+        keys = {name: keys_of_updates(key, step, count) for name, count in counts.items()}
+        prompts = {name: batch[FRESH][:count] for name, count in counts.items()}
+        return encode(method, frozen, batch), *noise, keys, prompts
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        conditions, student_noise, noise = programs.run(
+        conditions, student_noise, noise, keys, prompts = programs.run(
             "begin",
             begin,
             state.key,
             state.step,
             frozen,
             batch,
-            out=(place.batch, place.batch, place.batches),
+            out=(place.batch, place.batch, place.batch, place.whole, place.batches),
         )
+        followers, fresh, own = dict(state.players), {}, {}
+        followers.pop(method.student.name)
+        for player in method.followers:
+            if player.name in keys:
+                followers[player.name], found = _on_fresh_samples(
+                    *(method, player, followers[player.name], state.student, frozen),
+                    *(keys[player.name], prompts[player.name], programs, place),
+                )
+                fresh |= found
+        current = dataclasses.replace(state, players={**state.players, **followers})
 
         def student_pass(conditions: Conditions, noise: StudentNoise):
-            grads, x, metrics = student_gradient(method, state, frozen, conditions, noise, programs, place)
+            grads, x, metrics = student_gradient(method, current, frozen, conditions, noise, programs, place)
             return (grads, metrics), x
 
         (grads, metrics), x = programs.average(
             "student", student_pass, method.accumulate, (conditions, student_noise)
         )
-        followers, others = {}, {}
         for player in method.followers:
             followers[player.name], found = _followed(
-                player,
-                state.players[player.name],
-                *(frozen, x, conditions.text, noise[player.name]),
+                *(player, followers[player.name], frozen, x, conditions.text, noise[player.name]),
                 *(method.accumulate, programs, place),
             )
-            others |= found
+            own |= found
         return programs.run(
             "update",
             functools.partial(_finish, method),
-            *(state, grads, followers, x, metrics, others),
+            *(state, grads, followers, x, metrics, own, fresh),
             out=(place.state, place.whole),
             donate=(0,),
         )
 
     return train_step
+
+
+def _on_fresh_samples(
+    method: Method,
+    player: Player,
+    state: PlayerState,
+    student: Params,
+    frozen: Frozen,
+    keys: jax.Array,
+    prompts: jax.Array,
+    programs: Programs,
+    place: Placement,
+) -> tuple[PlayerState, Metrics]:
+    """Returns a follower after an update for each key and batch of prompts, and the metrics of each."""
+
+    def update(state: PlayerState, given: tuple[jax.Array, jax.Array]) -> tuple[PlayerState, Metrics]:
+        key, input_ids = given
+        z, text, noise = programs.run(
+            f"{player.name} fresh",
+            functools.partial(fresh_inputs, method, player),
+            *(key, frozen, input_ids),
+            out=place.batch,
+        )
+        x = fresh_samples(method, student, frozen, z, text, programs, place)
+        return _followed(player, state, frozen, x, text, noise, method.accumulate, programs, place)
+
+    return programs.fold(f"{player.name} updates", update, state, (keys, prompts))
 
 
 def _followed(
@@ -91,22 +134,19 @@ def _followed(
     programs: Programs,
     place: Placement,
 ) -> tuple[PlayerState, Metrics]:
-    """Returns a follower after all of its updates in one step, and the metrics of each update."""
+    """Returns a follower after an update on the samples x, and the metrics of it."""
 
-    def update(state: PlayerState, noise: Any):
-        def one_pass(x: jax.Array, text: Text, noise: Any):
-            return follower_gradient(player, state.params, frozen, x, text, noise, programs, place), ()
+    def one_pass(x: jax.Array, text: Text, noise: Any):
+        return follower_gradient(player, state.params, frozen, x, text, noise, programs, place), ()
 
-        (grads, metrics), _ = programs.average(player.name, one_pass, accumulate, (x, text, noise))
-        state, norm = programs.run(
-            f"{player.name} update",
-            functools.partial(_updated, player.optimizer),
-            *(grads, state),
-            out=(place.player(player.name), place.whole),
-        )
-        return state, metrics | {f"grad_norm/{player.name}": norm}
-
-    return programs.fold(f"{player.name} updates", update, state, noise)
+    (grads, metrics), _ = programs.average(player.name, one_pass, accumulate, (x, text, noise))
+    state, norm = programs.run(
+        f"{player.name} update",
+        functools.partial(_updated, player.optimizer),
+        *(grads, state),
+        out=(place.player(player.name), place.whole),
+    )
+    return state, metrics | {f"grad_norm/{player.name}": norm}
 
 
 def _finish(
@@ -116,12 +156,16 @@ def _finish(
     followers: dict[str, PlayerState],
     x: jax.Array,
     metrics: Metrics,
-    others: Metrics,
+    own: Metrics,
+    fresh: Metrics,
 ) -> tuple[TrainState, Metrics]:
-    """Updates the student and takes over the new followers, if every number of the step is finite."""
+    """Updates the student and takes over the new followers, if every number of the step is finite.
+
+    `own` holds the followers' metrics on the samples x, `fresh` those on fresh ones, of all updates each.
+    """
     name = method.student.name
     student, norm = _updated(method.student.optimizer, grads, state.players[name])
-    metrics = metrics | jax.tree.map(jnp.mean, others)
+    metrics = metrics | own | {key: jnp.mean(jnp.append(values, own[key])) for key, values in fresh.items()}
     metrics |= {f"grad_norm/{name}": norm, "latents/std": jnp.std(x)}
     finite = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
     players = {name: student, **followers}

@@ -146,7 +146,7 @@ def _compile_generate(run: Run, layout: Layout, programs: Recorded) -> Program:
         sharded(generator.unet.shapes), frozen["text_encoder"], sharded(generator.vae.shapes)
     )
     count = layout.mesh.size
-    ids = abstract_batch(count, run, batch)["input_ids"]
+    ids = abstract_batch(count, run, layout.mesh)["input_ids"]
     null_ids = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype, sharding=whole)
     noise = jax.ShapeDtypeStruct((count, *run.method.latent_shape), jnp.float32, sharding=batch)
     programs.run(

@@ -18,8 +18,8 @@ from sbv2_jax.checkpoint.files import mounted, step_numbers
 from sbv2_jax.data.prompts import PromptSource, describe_cut, notes_of, open_prompts, prompt_batches
 from sbv2_jax.devices import processes
 from sbv2_jax.devices.cache import use_cache
-from sbv2_jax.devices.sharding import Layout, batch_sharding
-from sbv2_jax.distill.gradients import Batch
+from sbv2_jax.devices.sharding import Layout, batch_sharding, batches_sharding
+from sbv2_jax.distill.gradients import FRESH, Batch
 from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.distill.train_step import TrainStep
 from sbv2_jax.errors import InputError
@@ -130,7 +130,7 @@ def make_ready(
         source,
         config.batch_size,
         config.seed,
-        first,
+        first * run.method.updates,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -163,7 +163,7 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
         for number in range(first + 1, config.steps + 1):
             with watchdog(number, config.limits.step_seconds):
                 begin = time.monotonic()
-                batch = next_batch(ready.batches, ready.tokenizers, ready.mesh)
+                batch = next_batch(ready.batches, ready.tokenizers, ready.mesh, ready.run.method.updates)
                 ready.state, metrics = ready.step(ready.state, ready.frozen, batch)
                 metrics = jax.device_get(metrics)
                 seconds = time.monotonic() - begin
@@ -229,13 +229,21 @@ def next_batch(
     batches: Iterator[list[str]],
     tokenizers: dict[str, Tokenizer | TokenizerPair],
     mesh: jax.sharding.Mesh,
+    updates: int,
 ) -> Batch:
-    """Reads and tokenizes this process's next prompts and makes the global, sharded batch of them."""
+    """Reads and tokenizes this process's prompts of a step and makes the global, sharded batch of them.
+
+    With several `updates` of a player that follows the student each of them takes a batch of prompts.
+    """
     prompts, sharding = next(batches), batch_sharding(mesh)
-    return {
+    batch = {
         column: jax.make_array_from_process_local_data(sharding, tokenizer.encode(prompts))
         for column, tokenizer in tokenizers.items()
     }
+    if updates > 1:
+        fresh = [tokenizers["input_ids"].encode(next(batches)) for _ in range(updates - 1)]
+        batch[FRESH] = jax.make_array_from_process_local_data(batches_sharding(mesh), np.stack(fresh))
+    return batch
 
 
 def write_config(path: Path, config: ConfigDict) -> None:

@@ -106,7 +106,7 @@ def _kept(run: Run, player: Player, batch: int) -> list[Any]:
 
     def forward(params, frozen, x, text, key):
         drawn = player.draw(keys_of_step(key, 0)(player.name), batch, run.method.latent_shape)
-        noise = None if player is run.method.student else jax.tree.map(lambda update: update[0], drawn)
+        noise = None if player is run.method.student else drawn
         return jax.vjp(lambda params: player.forward(params, frozen, x, text, noise), params)[1]
 
     shapes = run.state_shapes

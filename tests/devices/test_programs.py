@@ -10,6 +10,7 @@ from toy_world import Toy, changed
 from sbv2_jax.devices.programs import Separate
 from sbv2_jax.devices.rules import DEFAULT_RULES
 from sbv2_jax.devices.sharding import Layout, make_mesh
+from sbv2_jax.distill.gradients import FRESH
 from sbv2_jax.distill.train_step import make_train_step
 
 FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -18,6 +19,7 @@ STAGES = {
     "begin", "student forward", "vsd prepare", "pull", "student backward",
     "score forward", "score backward", "score update", "update",
 }  # fmt: skip
+FRESH_STAGES = {"score fresh", "student samples"}
 
 
 @pytest.fixture(scope="module", params=[{"ema": 0.9}, CHANGES], ids=["plain", "loops"])
@@ -25,26 +27,30 @@ def both(request):
     """The state and metrics after three steps of one program, then of stages; and the stages' programs."""
     toy = Toy()
     method = changed(toy.method, **request.param)
-    batch = jax.tree.map(jnp.asarray, toy.batch)
+    further = method.updates > 1
+    batch = jax.tree.map(jnp.asarray, toy.batch | (toy.fresh if further else {}))
     layout = Layout(make_mesh(1, 1, 1, jax.devices()[:1]), DEFAULT_RULES, toy.init(seed=3), toy.frozen)
     programs = Separate(workers=2, options=FAST)
     stages = make_train_step(method, layout.placement, programs)
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.placement.batch), batch
+    placed = dict.fromkeys(toy.batch, layout.placement.batch) | (
+        {FRESH: layout.placement.batches} if further else {}
     )
+    shapes = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed[name]) for name, a in batch.items()
+    }
     planned = stages(*layout.abstract, shapes)
     results = []
     for step in (toy.train_step(**request.param), stages):
         state = jax.device_put(toy.init(seed=3), layout.state)
         frozen = jax.device_put(toy.frozen, layout.frozen)
         for _ in range(3):
-            state, metrics = step(state, frozen, jax.device_put(batch, layout.placement.batch))
+            state, metrics = step(state, frozen, jax.device_put(batch, placed))
         results.append((state, metrics))
-    return *results, planned, programs
+    return *results, planned, programs, STAGES | (FRESH_STAGES if further else set())
 
 
 def test_stages_give_the_numbers_of_one_program(both):
-    (want, want_metrics), (got, got_metrics), _, _ = both
+    (want, want_metrics), (got, got_metrics), *_ = both
     leaves = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
     assert all(relative_error(a, b) < 1e-5 for a, b in leaves)
     assert got.step == 3 and np.any(got.student["out.kernel"] != got.ema["out.kernel"])
@@ -54,7 +60,7 @@ def test_stages_give_the_numbers_of_one_program(both):
 
 
 def test_what_was_planned_is_what_comes_out(both):
-    _, (state, metrics), planned, _ = both
+    _, (state, metrics), planned, *_ = both
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (state, metrics))
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned)
     assert all(
@@ -64,8 +70,8 @@ def test_what_was_planned_is_what_comes_out(both):
 
 
 def test_every_stage_is_compiled_once_however_often_it_runs(both):
-    *_, programs = both
+    *_, programs, stages = both
     names = programs.compiled().keys()
-    assert names >= STAGES
-    helpers = {name.rsplit(", ", 1)[-1] for name in names - STAGES}
+    assert names >= stages
+    helpers = {name.rsplit(", ", 1)[-1] for name in names - stages}
     assert helpers <= {"split", "stack", "sum", "mean", "join"}

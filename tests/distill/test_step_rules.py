@@ -1,6 +1,7 @@
 """The rules of a training step: what is drawn, averaged, skipped, repeated exactly; and that it learns at all."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,16 @@ from toy_world import BATCH, Toy, changed
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
 from sbv2_jax.distill.ema import ema_decay
-from sbv2_jax.distill.gradients import encode, follower_gradient, random_numbers, student_gradient
+from sbv2_jax.distill.gradients import (
+    FRESH,
+    encode,
+    follower_gradient,
+    fresh_inputs,
+    random_numbers,
+    student_gradient,
+)
 from sbv2_jax.distill.method import Method
+from sbv2_jax.distill.random_numbers import keys_of_updates
 from sbv2_jax.distill.score import Score
 from sbv2_jax.distill.state import init_state
 from sbv2_jax.distill.student import Student
@@ -61,6 +70,28 @@ def draw(batch_size=BATCH, step=0, seed=0, **changes):
     return student.z, student.terms["vsd"], followers["score"]
 
 
+def drawn_afresh(step, number, *, count, batch_size=BATCH, seed=0):
+    """z and the score model's random numbers of one of a step's `count` updates on fresh samples."""
+    toy = Toy(latent_shape=(2, 2, 1))
+    method, ids = toy.method, np.zeros((batch_size, 3), np.int32)
+    key = jax.random.key_data(jax.random.key(seed))
+    keys = fast_jit(keys_of_updates, static_argnums=2)(key, step, count)
+    fresh = fast_jit(lambda key: fresh_inputs(method, method.players["score"], key, toy.frozen, ids))
+    z, _, noise = fresh(keys[number])
+    return z, noise
+
+
+def test_random_numbers_of_an_update_depend_on_the_seed_the_step_and_its_number_alone():
+    one = drawn_afresh(5, 1, count=2)
+    assert_same(one, drawn_afresh(5, 1, count=4))
+    for other in (
+        drawn_afresh(5, 0, count=2),
+        drawn_afresh(6, 1, count=2),
+        drawn_afresh(5, 1, count=2, seed=1),
+    ):
+        assert np.all(other[0] != one[0]) and np.all(other[1].noise != one[1].noise)
+
+
 def test_times_and_null_prompts_have_the_right_distributions():
     z, vsd, score = draw(100_000)
     assert (vsd.t.min(), vsd.t.max()) == (20, 980), "both ends are included"
@@ -73,12 +104,16 @@ def test_times_and_null_prompts_have_the_right_distributions():
 
 
 def test_every_random_number_has_a_key_of_its_own():
-    z, vsd, score = draw(1000, vsd__t_min=0, vsd__t_max=999, score__updates=2)
-    noises = [z, vsd.noise, *score.noise]
+    z, vsd, score = draw(1000, vsd__t_min=0, vsd__t_max=999)
+    samples, scores = zip(
+        *(drawn_afresh(0, number, count=2, batch_size=1000) for number in (0, 1)), strict=True
+    )
+    noises = [z, vsd.noise, score.noise, *samples, *(one.noise for one in scores)]
     correlations = np.corrcoef([noise.ravel() for noise in noises])
-    assert np.abs(correlations - np.eye(4)).max() < 0.08
-    assert np.abs(np.corrcoef([vsd.t, *score.t]) - np.eye(3)).max() < 0.15
-    assert np.mean(score.null[0] != score.null[1]) > 0.1
+    assert np.abs(correlations - np.eye(7)).max() < 0.08
+    times = [vsd.t, score.t, *(one.t for one in scores)]
+    assert np.abs(np.corrcoef(times) - np.eye(4)).max() < 0.15
+    assert np.mean(scores[0].null != scores[1].null) > 0.1 and np.mean(scores[0].null != score.null) > 0.1
     for other in (draw(1000, step=1), draw(1000, seed=1)):
         assert np.mean(other[1].t == vsd.t) < 0.01
         assert np.abs(np.corrcoef(other[0].ravel(), z.ravel())[0, 1]) < 0.08
@@ -102,12 +137,10 @@ def test_passes_change_nothing_but_rounding(toy, plain_step, passes):
         np.testing.assert_allclose(accumulated_metrics[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_several_score_updates_are_taken_one_after_the_other(toy, plain_step):
-    """The student is updated once; the score model moves on by each update, with new noise."""
-    one, _ = run(plain_step, toy, toy.init(), 1)
-    three, metrics = run(toy.train_step(score__updates=3), toy, toy.init(), 1)
-    for name, leaf in one.student.items():
-        assert relative_error(three.student[name], leaf) < 1e-5
+def test_several_score_updates_are_each_on_fresh_noise_prompts_and_samples(toy):
+    """One after the other: two on samples of their own, then the student's, then one on the student's samples."""
+    batch = toy.batch | toy.fresh
+    three, metrics = toy.train_step(score__updates=3)(toy.init(), toy.frozen, batch)
     assert optax.tree.get(three.players["score"].opt, "count") == 3
     assert optax.tree.get(three.players["student"].opt, "count") == 1
     method = changed(toy.method, score__updates=3)
@@ -115,22 +148,68 @@ def test_several_score_updates_are_taken_one_after_the_other(toy, plain_step):
 
     @fast_jit
     def one_after_the_other(state):
-        noise, draws = random_numbers(method, state.key, 0, BATCH)
-        text = encode(method, toy.frozen, toy.batch).text
-        x = method.student.forward(state.student, toy.frozen, noise.z, text)
-        (score, opt), values = state.players["score"], []
-        for i in range(3):
-            noise = jax.tree.map(lambda a, i=i: a[i], draws["score"])
+        own, others = random_numbers(method, state.key, 0, BATCH)
+        conditions = encode(method, toy.frozen, toy.batch)
+        (score, opt), values, norms, samples = state.players["score"], [], [], []
+
+        def update(x, text, noise, score, opt):
             grads, found = follower_gradient(player, score, toy.frozen, x, text, noise)
             updates, opt = toy.optimizer.update(grads, opt, score)
-            score = optax.apply_updates(score, updates)
             values.append(found["loss/score"])
-        return score, sum(values) / 3
+            norms.append(optax.global_norm(grads))
+            samples.append(x)
+            return optax.apply_updates(score, updates), opt
 
-    score, loss = one_after_the_other(toy.init())
+        keys = keys_of_updates(state.key, 0, 2)
+        for key, ids in zip(keys, batch[FRESH], strict=True):
+            z, text, noise = fresh_inputs(method, player, key, toy.frozen, ids)
+            x = method.student.forward(state.student, toy.frozen, z, text)
+            score, opt = update(x, text, noise, score, opt)
+        moved = dataclasses.replace(
+            state, players=state.players | {"score": state.players["score"]._replace(params=score)}
+        )
+        grads, x, _ = student_gradient(method, moved, toy.frozen, conditions, own)
+        score, _ = update(x, conditions.text, others["score"], score, opt)
+        updates, _ = toy.optimizer.update(grads, state.players["student"].opt, state.student)
+        student = optax.apply_updates(state.student, updates)
+        return student, score, samples, {"loss/score": values, "grad_norm/score": norms}
+
+    student, score, samples, found = one_after_the_other(toy.init())
+    for name, leaf in student.items():
+        assert relative_error(three.student[name], leaf) < 1e-5
     for name, leaf in score.items():
         assert relative_error(three.players["score"].params[name], leaf) < 1e-5
-    np.testing.assert_allclose(metrics["loss/score"], loss, rtol=1e-5)
+    for name, values in found.items():
+        np.testing.assert_allclose(metrics[name], np.mean(values), rtol=1e-5, err_msg=name)
+    assert all(np.all(a != b) for a, b in itertools.combinations(samples, 2)), "no sample is seen twice"
+
+
+def test_each_of_the_prompts_of_a_step_trains_the_score(toy):
+    """Another prompt in any of its batches gives another score model."""
+    step = toy.train_step(score__updates=3, score__null_prompt_probability=0.0)
+
+    def after(batch):
+        return step(toy.init(), toy.frozen, batch)[0].players["score"].params
+
+    first = after(toy.batch | toy.fresh)
+    for update, row in ((0, 0), (0, BATCH - 1), (1, 3)):
+        ids = toy.fresh[FRESH].copy()
+        ids[update, row] = (ids[update, row] + 1) % toy_world.VOCABULARY
+        other = after(toy.batch | {FRESH: ids})
+        assert all(np.any(other[name] != leaf) for name, leaf in first.items()), (update, row)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_fresh_batch_that_gives_nan_skips_the_step(toy, passes):
+    text = toy.frozen["text_encoder"]
+    poisoned = {"table.embedding": text["table.embedding"].at[toy_world.VOCABULARY - 1].set(np.nan)}
+    ids = toy.fresh[FRESH].copy()
+    ids[1, 2, 1] = toy_world.VOCABULARY - 1
+    step = toy.train_step(score__updates=3, score__null_prompt_probability=0.0, accumulate=passes)
+    before = toy.init()
+    after, metrics = step(before, toy.frozen | {"text_encoder": poisoned}, toy.batch | {FRESH: ids})
+    assert metrics["skipped"] == 1.0 and not np.isfinite(metrics["loss/score"])
+    assert_same(dataclasses.replace(after, step=before.step), before)
 
 
 def test_metrics_are_float32_scalars(toy, plain_step):
@@ -322,7 +401,8 @@ def test_a_student_of_gaussians_learns_the_teachers_means_and_deviation(weightin
     }
     state = init_state(0, params, method.optimizers, ema=False)
     frozen = {"teacher": {}, "text_encoder": {}, "null_text": Text(jnp.zeros((1, 2)))}
-    batch = {"input_ids": jnp.arange(64).reshape(64, 1) % 2}
+    ids = jnp.arange(64).reshape(64, 1) % 2
+    batch = {"input_ids": ids, FRESH: ids[None]}
     step = make_train_step(method)
     train = fast_jit(lambda state: jax.lax.scan(lambda s, _: step(s, frozen, batch), state, length=600))
     state, metrics = train(state)

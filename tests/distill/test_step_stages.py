@@ -135,7 +135,7 @@ def test_null_prompts_are_those_of_their_own_samples():
         return follower_gradient(method.players["score"], world.score, frozen, x, text, noise)
 
     def gradient(batch, null):
-        noise = ScoreNoise(draws.noise[0], draws.t[0], jnp.array(null))
+        noise = ScoreNoise(draws.noise, draws.t, jnp.array(null))
         grads, metrics = compiled(batch, noise)
         return grads | {"loss": metrics["loss/score"]}
 

@@ -23,7 +23,8 @@ from torch_reference import integers, nchw
 from toy_world import changed
 
 from sbv2_jax.convert.formats.names import params_to_torch
-from sbv2_jax.distill.gradients import random_numbers
+from sbv2_jax.distill.gradients import FRESH, fresh_inputs, random_numbers
+from sbv2_jax.distill.random_numbers import keys_of_updates
 from sbv2_jax.distill.train_step import make_train_step
 
 pytestmark = pytest.mark.slow
@@ -46,12 +47,12 @@ OPTIMIZER = {
 # CLIP loss makes its gradient about as large as the other's.
 CASES = {
     "full, epsilon, sbv2, KL decoder": ({"clip.weight": 4.0, "clip.decoder": "vae"}, {}, {}),
-    "full, v, dmd, tiny decoder, two score updates": (
+    "full, v, dmd, tiny decoder, three score updates": (
         {
             "vsd.weighting": "dmd",
             "vsd.score_guidance": 1.0,
             "clip.weight": 3.0,
-            "score.updates_per_step": 2,
+            "score.updates_per_step": 3,
         },
         {"student_prediction": "v_prediction", "teacher_prediction": "v_prediction"},
         {},
@@ -80,8 +81,8 @@ CASES = {
         {"student_prediction": "v_prediction", "teacher_prediction": "v_prediction"},
         {"xl": True, "zero_null": True},
     ),
-    "SDXL, LoRA, epsilon, encoded null, two score updates": (
-        {"student.mode": "lora", "clip.weight": 2.0, "score.updates_per_step": 2},
+    "SDXL, LoRA, epsilon, encoded null, two score updates, two passes": (
+        {"student.mode": "lora", "clip.weight": 2.0, "score.updates_per_step": 2, "accumulate": 2},
         {},
         {"xl": True, "zero_null": False},
     ),
@@ -105,19 +106,32 @@ class Both:
 def drawer(world: World) -> Callable:
     """Returns a function of key and step: our random numbers for PyTorch.
 
-    They are z, noise and t of the student, and noise, t and the mask of null prompts of each score update.
+    They are z, noise and t of the student, noise, t and the mask of null prompts of the score model, and for each
+    of its updates on fresh samples the prompts, z, and the three again.
     """
-    batch = world.config.batch_size
-    draw = tiny_world.fast_jit(lambda key, step: random_numbers(world.run.method, key, step, batch))
+    method, batch, frozen = world.run.method, world.config.batch_size, world.frozen
+    prompts = world.batch.get(FRESH, np.zeros((0, *world.batch["input_ids"].shape), np.int32))
+
+    @tiny_world.fast_jit
+    def draw(key, step):
+        keys = keys_of_updates(key, step, len(prompts))
+        inputs = [
+            fresh_inputs(method, method.players["score"], of_update, frozen, ids)
+            for of_update, ids in zip(keys, prompts, strict=True)
+        ]
+        return random_numbers(method, key, step, batch), [(z, noise) for z, _, noise in inputs]
+
+    def of_the_score(noise):
+        return nchw(noise.noise), integers(noise.t), integers(noise.null).bool()
 
     def draws(key: jax.Array, step: int):
-        student, followers = draw(key, step)
-        vsd, score = student.terms["vsd"], followers["score"]
+        (student, followers), fresh = draw(key, step)
+        vsd = student.terms["vsd"]
         updates = [
-            (nchw(noise), integers(t), integers(null).bool())
-            for noise, t, null in zip(score.noise, score.t, score.null, strict=True)
+            (integers(ids), nchw(z), of_the_score(noise))
+            for ids, (z, noise) in zip(prompts, fresh, strict=True)
         ]
-        return (nchw(student.z), nchw(vsd.noise), integers(vsd.t)), updates
+        return (nchw(student.z), nchw(vsd.noise), integers(vsd.t)), of_the_score(followers["score"]), updates
 
     return draws
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_pipeline import write_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from sbv2_jax.devices.sharding import batch_sharding, bytes_per_device, make_mesh
+from sbv2_jax.devices.sharding import bytes_per_device, make_mesh
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.unet import UNetConfig
@@ -290,7 +290,7 @@ def tiny(world: Path, **changes):
 def test_a_step_compiles_for_a_topology(world, topology):
     found = plan.compile_for(tiny(world), topology)
     _, run, layout = lay_out(tiny(world), read_parts(tiny(world)), devices_of(topology)[1], None)
-    held = (*layout.abstract, abstract_batch(16, run, batch_sharding(layout.mesh)))
+    held = (*layout.abstract, abstract_batch(16, run, layout.mesh))
     once = sum(bytes_per_device(leaf, leaf.sharding) for leaf in jax.tree.leaves(held))
     assert found.programs["begin"].need.arrays == once
     assert found.fits and found.devices == 4 and found.mesh == {"replica": 1, "data": 2, "fsdp": 2}
