@@ -14,6 +14,7 @@ from toy_world import changed
 
 from sbv2_jax.devices import sharding
 from sbv2_jax.devices.rules import DEFAULT_RULES
+from sbv2_jax.distill.gradients import FRESH
 from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.state import TrainState
 from sbv2_jax.distill.train_step import make_train_step
@@ -32,7 +33,7 @@ class Sharded:
     """One world, whose steps run over any mesh from the same initial state on the host."""
 
     def __init__(self):
-        self.world = tiny_world.make_world({"batch_size": 16}, unet=UNET)
+        self.world = tiny_world.make_world({"batch_size": 16, "score.updates_per_step": 3}, unet=UNET)
         # Adam with an eps of the gradients' size: with 1e-8 rounding would decide the sign of the smallest.
         self.optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-3))
         self.method = with_optimizer(self.world.run.method, self.optimizer)
@@ -43,7 +44,9 @@ class Sharded:
         world = self.world
         method = dataclasses.replace(self.method, accumulate=accumulate)
         layout = self.layout(mesh)
-        placement = (layout.state, layout.frozen, layout.placement.batch)
+        columns = dict.fromkeys(world.batch, layout.placement.batch)
+        columns[FRESH] = layout.placement.batches
+        placement = (layout.state, layout.frozen, columns)
         step = tiny_world.fast_jit(
             make_train_step(method, layout.placement),
             in_shardings=placement,

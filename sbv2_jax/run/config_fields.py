@@ -73,7 +73,10 @@ FIELDS: dict[str, Field] = {
         r".*\.attn[12]\.to_(q|v)", regex, "The teacher's modules that get it: as for `student.lora.targets`."
     ),
     "score.updates_per_step": Field(
-        1, whole(1), "Score updates for one update of the student (DMD2 takes 5 to 10)."
+        1,
+        whole(1),
+        "Score updates for one update of the student, all but one on fresh prompts, noise and samples, as in DMD2, "
+        "which takes 5 to 10.",
     ),
     "score.null_prompt_probability": Field(
         0.1, number(0, 1), "How often a sample trains the score without its prompt."

@@ -23,6 +23,7 @@ def dry_run(config: ConfigDict, run: Run) -> str:
         f"batch {config.batch_size} in {config.accumulate} part(s), "
         f"{config.batch_size // (config.accumulate * mesh.size)} image(s) a device at a time",
         f"latents: {' x '.join(map(str, run.method.latent_shape))}, networks in {config.precision}",
+        *_further(run, config.batch_size),
         "",
         f"{'':<24}{'parameters':>16}{'GiB':>10}{'GiB a device':>14}",
     ]
@@ -50,3 +51,13 @@ def dry_run(config: ConfigDict, run: Run) -> str:
         lines.append(f"  {name} {state.student[name].shape} {layout.state.student[name].spec}")
     lines += ["", "activations, gradients and the compiler's temporaries come on top."]
     return "\n".join(lines)
+
+
+def _further(run: Run, batch_size: int) -> list[str]:
+    """Returns a line for each player that a step updates more than once."""
+    return [
+        f"{player.updates} {player.name} updates a step, {player.updates - 1} of them on "
+        f"{(player.updates - 1) * batch_size} further prompts and samples"
+        for player in run.method.followers
+        if player.updates > 1
+    ]

@@ -22,7 +22,7 @@ from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"steps": 3, "sample.every": 0, "checkpoint.every": 3}
+SMALL = {"steps": 3, "sample.every": 0, "checkpoint.every": 3, "score.updates_per_step": 2}
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from sbv2_jax.plan.hlo import collective_bytes, largest_arrays
 from sbv2_jax.plan.memory import Need, Recorded, needs
 from sbv2_jax.plan.report import text_of
 from sbv2_jax.plan.topologies import CHIPS, devices_of
+from sbv2_jax.run.build import assemble
 from sbv2_jax.run.compilation import abstract_batch, lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import default_config
@@ -286,10 +287,29 @@ def tiny(world: Path, **changes):
     return config
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_a_step_compiles_for_a_topology(world, topology):
-    found = plan.compile_for(tiny(world), topology)
-    _, run, layout = lay_out(tiny(world), read_parts(tiny(world)), devices_of(topology)[1], None)
+def test_the_flops_of_a_step_grow_by_those_of_each_further_update(world):
+    """A forward of the student more, and a forward and backward pass of the score model."""
+    counted = []
+    for updates in (1, 2, 3, 6):
+        config = tiny(world, **{"score.updates_per_step": updates})
+        counted.append(plan.step_flops(config, assemble(config, read_parts(config))))
+    further = counted[1] - counted[0]
+    assert counted == [counted[0] + count * further for count in (0, 1, 2, 5)]
+    assert 2 < counted[0] / further < 5, (
+        "the student's backward pass is of all weights, and there are the guided rows"
+    )
+
+
+@pytest.mark.parametrize(
+    ("topology", "updates"), [("v4:2x2x1", 1), ("v5e:2x2", 3), ("v5p:2x2x1", 1), ("v6e:2x2", 1)]
+)
+def test_a_step_compiles_for_a_topology(world, topology, updates):
+    config = tiny(world, **{"score.updates_per_step": updates})
+    found = plan.compile_for(config, topology)
+    _, run, layout = lay_out(config, read_parts(config), devices_of(topology)[1], None)
+    calls = {name: program.calls for name, program in found.programs.items()}
+    assert calls["score forward"] == calls["score update"] == updates
+    assert calls.get("student samples", 0) == updates - 1 and calls["student forward"] == 1
     held = (*layout.abstract, abstract_batch(16, run, layout.mesh))
     once = sum(bytes_per_device(leaf, leaf.sharding) for leaf in jax.tree.leaves(held))
     assert found.programs["begin"].need.arrays == once

@@ -18,6 +18,7 @@ from train_command import CONFIG, ROOT, STEPS, command, fields, lines_of, metric
 
 import sbv2_jax
 from sbv2_jax import checkpoint
+from sbv2_jax.checkpoint.files import discard
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.errors import InputError
 from sbv2_jax.fields import load
@@ -100,6 +101,24 @@ def test_a_killed_run_goes_on_to_the_same_bits(world, straight, tmp_path):
     ]
 
 
+def test_a_run_of_several_score_updates_goes_on_to_the_same_bits(world, tmp_path):
+    """Every update's prompts and random numbers are those of its step, wherever the run was taken up again."""
+    changes = {"steps": 4, "score.updates_per_step": 3, "vsd.guidance": "(0.5, 2.0)", "sample.every": 0}
+    code, _, err = run(command(world, tmp_path / "straight", **changes))
+    assert code == 0, err
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    discard(tmp_path / "again" / "checkpoints", 4)
+    code, _, err = run(command(world, tmp_path / "again", **changes))
+    assert code == 0, err
+    losses = [[line["loss/score"] for line in metrics(tmp_path / name)] for name in ("straight", "again")]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 4
+    (_, want, _), (_, got, _) = (
+        checkpoint.load(tmp_path / name / "checkpoints") for name in ("straight", "again")
+    )
+    assert want["score_opt.1.0.count"] == 12
+    assert [name for name in want if not np.array_equal(got[name], want[name])] == []
+
+
 def test_sigterm_saves_the_step_and_says_so_by_its_exit_code(world, tmp_path):
     process = start(command(world, tmp_path, **{"steps": 1000, "sample.every": 0, "checkpoint.every": 1000}))
     _, err = stop_after(process, tmp_path, 2, signal.SIGTERM)
@@ -153,9 +172,11 @@ def test_dry_run_of_sd21_counts_and_allocates_nothing(tmp_path):
     code, out, err = run(
         [sys.executable, "launch/train.py", f"--config={ROOT}/configs/tpu_v4.py:lora", "--dry_run"]
         + [f"--workdir={tmp_path / 'none'}", "--config.mesh.data=8", "--config.mesh.fsdp=4"]
+        + ["--config.score.updates_per_step=3"]
     )
     assert code == 0, err
     assert "data 8 x fsdp 4 = 32 devices" in out
+    assert "3 score updates a step, 2 of them on 128 further prompts and samples" in out
     assert "865,910,724" in out and "340,387,840" in out and "151,277,313" in out
     assert "lora.down.kernel (1280, 256) P('fsdp',)" in out
     assert not (tmp_path / "none").exists()
