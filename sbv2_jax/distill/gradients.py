@@ -76,7 +76,7 @@ def fresh_inputs(
     z, noise = (
         owner.draw(keys_of(owner.name), batch_size, method.latent_shape) for owner in (method.student, player)
     )
-    return z, method.text_encoder.apply(frozen["text_encoder"], input_ids, method.latent_shape), noise
+    return z, encode_prompts(method, frozen, input_ids), noise
 
 
 def fresh_samples(
@@ -98,9 +98,14 @@ def fresh_samples(
     return programs.average("fresh", one_pass, method.accumulate, (z, text))[1]
 
 
+def encode_prompts(method: Method, frozen: Frozen, input_ids: jax.Array) -> Text:
+    """Encodes prompts for the networks."""
+    return method.text_encoder.apply(frozen["text_encoder"], input_ids, method.latent_shape)
+
+
 def encode(method: Method, frozen: Frozen, batch: Batch) -> Conditions:
     """Encodes the prompts, for the networks and for the terms."""
-    text = method.text_encoder.apply(frozen["text_encoder"], batch["input_ids"], method.latent_shape)
+    text = encode_prompts(method, frozen, batch["input_ids"])
     return Conditions(text, {term.name: term.encode(frozen, batch) for term in method.terms})
 
 

@@ -191,7 +191,8 @@ FIELDS: dict[str, Field] = {
     "limits.latents_std": Field(
         0.0,
         number(0),
-        "A run whose `latents/std` is above it ends, before that step is saved; 0 lets all pass.",
+        "A run whose `latents/std` is above it ends; what is saved is below it, by what its student draws then. 0 lets "
+        "all pass.",
     ),
     "sample.every": Field(500, whole(0), "Steps between sample pictures; 0 draws none."),
     "sample.prompts": Field(

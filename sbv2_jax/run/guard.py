@@ -31,9 +31,14 @@ class Guard:
                 f"the loss or its gradient was not finite in {self._skipped} steps in a row, up to step {step}: "
                 f"lower the learning rates; the checkpoints before are kept in {self._where}"
             )
-        if self._latents_std and metrics["latents/std"] > self._latents_std:
+        if self._latents_std:
+            self.check_latents(step, float(metrics["latents/std"]), "at")
+
+    def check_latents(self, step: int, deviation: float, when: str = "after") -> None:
+        """Raises InputError above the limit; `deviation` is of what the student draws at, or after, a step."""
+        if deviation > self._latents_std:
             raise InputError(
-                f"latents/std = {float(metrics['latents/std']):.3g} at step {step} is above "
+                f"latents/std = {deviation:.3g} {when} step {step} is above "
                 f"config.limits.latents_std = {self._latents_std:g}: the run diverges; step {step} is not saved, the "
                 f"checkpoints before are kept in {self._where}"
             )

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ from sbv2_jax.run.health import Health
 from sbv2_jax.run.log import MetricsLog
 from sbv2_jax.run.memory_estimate import device_memory
 from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption, ends_at_once
+from sbv2_jax.run.probe import compile_probe
 from sbv2_jax.run.progress import ProgressGrid
 from sbv2_jax.run.sources import PLACES, Files, Source, check_forced, sources_of
 from sbv2_jax.run.watchdog import watchdog
@@ -73,7 +74,10 @@ def train(
 
 @dataclasses.dataclass(kw_only=True)
 class Ready:
-    """All that the steps of a run need; `first` steps are done, and `step` is None where none is left."""
+    """All that the steps of a run need; `first` steps are done, and `step` is None where none is left.
+
+    `probe` is what `compile_probe` returns, where the run has a limit for it.
+    """
 
     run: Run
     mesh: jax.sharding.Mesh
@@ -85,6 +89,7 @@ class Ready:
     grid: ProgressGrid | None
     batches: Iterator[list[str]]
     step: TrainStep | None
+    probe: Callable[[TrainState, Frozen, Batch], jax.Array] | None
 
 
 def make_ready(
@@ -134,6 +139,8 @@ def make_ready(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    # else only the export is left to do
+    step, probe = compiled(config, run, layout) if first < config.steps else (None, None)
     return Ready(
         run=run,
         mesh=layout.mesh,
@@ -144,8 +151,8 @@ def make_ready(
         frozen=frozen,
         grid=grid,
         batches=batches,
-        # else only the export is left to do
-        step=compiled(config, run, layout) if first < config.steps else None,
+        step=step,
+        probe=probe,
     )
 
 
@@ -173,6 +180,10 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
                     guard.check(number, metrics)
                 preempted = preemption.requested()
             if preempted or number == config.steps or number % config.checkpoint.every == 0:
+                if ready.probe:
+                    deviation = jax.device_get(ready.probe(ready.state, ready.frozen, batch))
+                    with processes.together():
+                        guard.check_latents(number, float(deviation))
                 checkpoints.save(number, ready.state)
             if grid and (number == config.steps or number % config.sample.every == 0):
                 grid.draw(ready.state, sample_path(workdir, number))
@@ -215,14 +226,15 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     return Prepared(run, layout, source, tokenizers, start, files, sources_of(run.parts, files))
 
 
-def compiled(config: ConfigDict, run: Run, layout: Layout) -> TrainStep:
-    """Compiles the step, and says how long that took."""
+def compiled(config: ConfigDict, run: Run, layout: Layout) -> tuple[TrainStep, Callable | None]:
+    """Compiles the step, and the probe where there is a limit for it, and says how long that took."""
     begin = time.monotonic()
     step, programs = compile_step(config, run, layout)
+    probe = compile_probe(config, run, layout, programs) if config.limits.latents_std else None
     if jax.process_index() == 0:
         count = len(programs.compiled())
         print(f"compiled the step, {count} program(s), in {time.monotonic() - begin:.1f} s", flush=True)
-    return step
+    return step, probe
 
 
 def next_batch(

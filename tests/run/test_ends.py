@@ -1,6 +1,7 @@
 """How a run ends that does not reach its last step: a full disk, Ctrl-C, a hang, a divergence; of real processes."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -208,12 +209,25 @@ def test_a_watchdog_bites_only_the_step_that_it_is_of():
 def test_a_run_that_diverges_while_finite_stops_and_keeps_what_was_good(world, tmp_path):
     changes = {"steps": 60, "sample.every": 0, "checkpoint.every": 1, "student.lr": 0.01}
     code, _, error = run(command(world, tmp_path, **changes, **{"limits.latents_std": 25.0}))
-    deviations = [line["latents/std"] for line in metrics(tmp_path)]
-    assert len(deviations) > 1 and all(each <= 25 for each in deviations[:-1]) and deviations[-1] > 25
-    assert code == 2 and error.splitlines()[-1].startswith(
-        f"error: latents/std = {deviations[-1]:.3g} at step {len(deviations)} is above config.limits.latents_std = 25"
+    last = len(metrics(tmp_path))
+    assert code == 2 and re.fullmatch(
+        rf"error: latents/std = \d.* after step {last} is above config.limits.latents_std = 25: .*",
+        error.splitlines()[-1],
     )
-    assert step_numbers(tmp_path / "checkpoints")[-1] == len(deviations) - 1
+    assert step_numbers(tmp_path / "checkpoints")[-1] == last - 1 > 0
+    assert not (tmp_path / "export").exists()
+    # Without the limit it goes on from what was kept: the first samples are below it, the next ones are not.
+    code, _, error = run(command(world, tmp_path, **changes | {"steps": 60}, **{"limits.latents_std": 0.0}))
+    deviations = [line["latents/std"] for line in metrics(tmp_path)]
+    assert all(each <= 25 for each in deviations[:last]) and deviations[last] > 25
+
+
+def test_a_last_step_that_is_beyond_the_limit_is_neither_saved_nor_exported(world, tmp_path):
+    """No step comes after it, of which `latents/std` would tell."""
+    changes = {"steps": 2, "sample.every": 0, "checkpoint.every": 1, "student.lr": 1.0}
+    code, _, error = run(command(world, tmp_path, **changes, **{"limits.latents_std": 25.0}))
+    assert code == 2 and " after step " in error.splitlines()[-1]
+    assert all(line["latents/std"] <= 25 for line in metrics(tmp_path))
     assert not (tmp_path / "export").exists()
 
 
