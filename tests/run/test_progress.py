@@ -7,7 +7,7 @@ import pytest
 from tiny_pipeline import write_world
 
 from sbv2_jax.generate.inference import initial_noise
-from sbv2_jax.run import progress
+from sbv2_jax.run import painter, progress
 from sbv2_jax.run.arrays import load_frozen, load_state
 from sbv2_jax.run.compilation import lay_out
 from sbv2_jax.run.components import read_parts
@@ -38,12 +38,13 @@ def test_a_device_draws_no_more_at_a_time_than_fits(tmp_path, monkeypatch, at_a_
         traced.append(len(noise))
         return picture(ids, noise) * (0.5 if steps > 1 else 1.0)
 
-    monkeypatch.setattr(progress, "generate", generate)
-    monkeypatch.setattr(progress, "AT_A_TIME", at_a_time)
+    monkeypatch.setattr(painter, "generate", generate)
+    monkeypatch.setattr(painter, "AT_A_TIME", at_a_time)
     monkeypatch.setattr(progress, "grid", lambda found, *_, **__: columns.update(found))
     monkeypatch.setattr(progress, "save_png", lambda *_: None)
     frozen = load_frozen(run, tokenizer.encode([""])[0], layout.frozen)
-    progress.ProgressGrid(run, frozen, tokenizer, PROMPTS, layout.mesh).draw(
+    drawn_by = painter.Painter(run, frozen, tokenizer, layout.mesh)
+    progress.ProgressGrid(run, frozen, tokenizer, PROMPTS, drawn_by).draw(
         load_state(run, layout.state), tmp_path / "grid.png"
     )
 
