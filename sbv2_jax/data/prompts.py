@@ -56,11 +56,11 @@ def open_prompts(place: str | os.PathLike, column: str = "", split: str = "train
     `column` names the column or key of the prompts where there are several, and none has a usual name.
     Raises InputError for what is missing, empty, broken, or of a format that is not read.
     """
-    sources = [_open(one, column, split) for one in _places(os.fspath(place))]
+    sources = [_open(one, column, split) for one in places(os.fspath(place))]
     return sources[0] if len(sources) == 1 else JoinedPrompts(sources)
 
 
-def _places(place: str) -> list[str]:
+def places(place: str) -> list[str]:
     """Returns what a name stands for, one by one: a path that exists, a pattern, or several with commas."""
     found = []
     for part in [place] if _exists(place) else place.split(","):

@@ -1,8 +1,10 @@
 """Curves of a sweep: quality against alignment, precision against recall, and figures over the weight of a merge."""
 
+import importlib.util
 import io
 from collections import defaultdict
 
+from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate.measure import Evaluation, Row
 
 # What is drawn against what, by the figure's name; the x axis first.
@@ -38,6 +40,12 @@ def draw(evaluation: Evaluation) -> dict[str, bytes]:
         for y in names:
             pictures[_file(f"{y[0]} {y[1]} over the weight")] = _figure(of_merges, None, y)
     return pictures
+
+
+def require() -> None:
+    """Raises InputError where the package that draws curves is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError('curves of a sweep need matplotlib: pip install "sbv2_jax[evaluate]"')
 
 
 def _file(text: str) -> str:

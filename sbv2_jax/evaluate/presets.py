@@ -6,17 +6,19 @@ the report says.
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from sbv2_jax.convert.formats.component import load_config
 from sbv2_jax.convert.formats.resolve import resolve
-from sbv2_jax.data.prompts import open_prompts
+from sbv2_jax.data.prompts import open_prompts, places
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate import resize
 from sbv2_jax.evaluate.extractors import EXTRACTORS
 from sbv2_jax.evaluate.extractors.image_text import open_image_text
 from sbv2_jax.evaluate.metrics import METRICS
+from sbv2_jax.evaluate.metrics.hpsv2 import HPSv2
 from sbv2_jax.evaluate.pictures import Folder
 from sbv2_jax.evaluate.protocol import Panel, Protocol
 
@@ -83,16 +85,23 @@ def coco30k_dmd2(
 def hpsv2(
     *, prompts: str, column: str = "", weights: Mapping[str, str], count: int | None = None
 ) -> Protocol:
-    """Returns HPSv2's protocol (Wu et al., 2023): the mean score of one picture for each prompt of a file."""
-    texts = _captions(prompts, column, count)
+    """Returns HPSv2's protocol (Wu et al., 2023): the mean score of one picture for each prompt.
+
+    `prompts` are files, as for training, each of a style that its name says (anime.json, photo.json ...); `count`
+    takes that many of each.
+    """
+    parts = {Path(place).stem: _captions(place, column, count) for place in places(prompts)}
+    texts = [text for part in parts.values() for text in part]
+    styles = [style for style, part in parts.items() for _ in part] if len(parts) > 1 else []
+    if not weights.get("hpsv2"):
+        raise InputError(f"nothing can be measured: {_NEEDS['hpsv2']}")
     return Protocol(
         name="hpsv2",
         prompts=texts,
         of=np.arange(len(texts)),
-        panels=_panels(weights, ("hpsv2", "clip"), real=False),
+        panels=_panels(weights, ("hpsv2", "clip"), real=False, styles=styles),
         prepare=lambda picture: picture,
         prepared="as they are",
-        absent=_absent(weights, ("hpsv2",)),
     )
 
 
@@ -106,6 +115,8 @@ def _coco(
     extra: Sequence[Panel],
     wanted: Sequence[str],
 ) -> Protocol:
+    if real is None and (given := [f"--{name}" for name in _REAL if weights.get(name)]):
+        raise InputError(f"{', '.join(given)}: distances to real pictures need --real, the folder of val2014")
     texts = _captions(prompts, column, count)
     panels = (*_panels(weights, wanted, real=real is not None), *(extra if real else ()))
     absent = _absent(weights, wanted)
@@ -138,18 +149,20 @@ def _absent(weights: Mapping[str, str], wanted: Sequence[str]) -> tuple[str, ...
     return tuple(_NEEDS[name] for name in dict.fromkeys(wanted) if not weights.get(name))
 
 
-def _panels(weights: Mapping[str, str], wanted: Sequence[str], *, real: bool) -> tuple[Panel, ...]:
+def _panels(
+    weights: Mapping[str, str], wanted: Sequence[str], *, real: bool, styles: Sequence[str] = ()
+) -> tuple[Panel, ...]:
     """Returns the panels of the networks that are wanted and given."""
     panels = []
     for name in dict.fromkeys(wanted):
         path = weights.get(name)
         if not path or name in _REAL and not real:
             continue
-        panels.append(_PANELS[name](path, weights))
+        panels.append(_hpsv2(path, weights, styles) if name == "hpsv2" else _PANELS[name](path))
     return tuple(panels)
 
 
-def _inception(path: str, weights: Mapping[str, str]) -> Panel:
+def _inception(path: str) -> Panel:
     # Other weights give other numbers: they are not called FID.
     published = getattr(load_config(resolve(path)), "is_published", False)
     return Panel(
@@ -160,7 +173,7 @@ def _inception(path: str, weights: Mapping[str, str]) -> Panel:
     )
 
 
-def _clip(path: str, weights: Mapping[str, str]) -> Panel:
+def _clip(path: str) -> Panel:
     return Panel(
         label="clip",
         open=functools.partial(open_image_text, path),
@@ -171,19 +184,19 @@ def _clip(path: str, weights: Mapping[str, str]) -> Panel:
     )
 
 
-def _hpsv2(path: str, weights: Mapping[str, str]) -> Panel:
+def _hpsv2(path: str, weights: Mapping[str, str], styles: Sequence[str]) -> Panel:
     return Panel(
         label="hpsv2",
         open=functools.partial(
             open_image_text, path, weights=weights.get("hpsv2_weights"), resized=resize.bicubic_then_pad
         ),
-        metrics=(METRICS["hpsv2"],),
+        metrics=(HPSv2(styles=styles),),
         captions=True,
-        names={"hpsv2": "HPSv2"},
+        names={figure: figure.replace("hpsv2", "HPSv2") for figure in HPSv2(styles=styles).better},
     )
 
 
-def _cmmd(path: str, weights: Mapping[str, str]) -> Panel:
+def _cmmd(path: str) -> Panel:
     return Panel(
         label="clip of CMMD",
         open=functools.partial(EXTRACTORS["clip"], path),
@@ -192,7 +205,7 @@ def _cmmd(path: str, weights: Mapping[str, str]) -> Panel:
     )
 
 
-def _dinov2(path: str, weights: Mapping[str, str]) -> Panel:
+def _dinov2(path: str) -> Panel:
     return Panel(
         label="dinov2",
         open=functools.partial(EXTRACTORS["dinov2"], path),
@@ -201,7 +214,7 @@ def _dinov2(path: str, weights: Mapping[str, str]) -> Panel:
     )
 
 
-_PANELS = {"inception": _inception, "clip": _clip, "hpsv2": _hpsv2, "cmmd": _cmmd, "dinov2": _dinov2}
+_PANELS = {"inception": _inception, "clip": _clip, "cmmd": _cmmd, "dinov2": _dinov2}
 
 
 def _exchanged(path: str):

@@ -1,5 +1,6 @@
 """The protocol of the OpenMoji world: prompts whose combinations training never saw, real pictures of them beside."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,16 @@ def openmoji(
         ),
         decisive=tuple((name, figure) for name in _JUDGES for figure in _NAMES.values()),
         guarded=tuple((name, figure) for name in _JUDGES for figure in ("recall", "drawing")),
+    )
+
+
+def in_training(count: int) -> Protocol:
+    """Returns a small protocol for `config.evaluate`: validation prompts, and Lite0's figures alone."""
+    whole = openmoji(split="validation", count=count)
+    kept = whole.panels[0]
+    metrics = tuple(one for one in kept.metrics if one.name in ("frechet", "kernel", "facts"))
+    return dataclasses.replace(
+        whole, panels=(dataclasses.replace(kept, metrics=metrics),), decisive=(), guarded=()
     )
 
 

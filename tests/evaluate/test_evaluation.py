@@ -1,6 +1,7 @@
 """The evaluation as a whole: the command on a made-up COCO directory, killed and gone on; sweeps, merges, folders."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -20,8 +21,10 @@ from tiny_pipeline import write_world
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.convert.inception import convert
 from sbv2_jax.errors import InputError
-from sbv2_jax.evaluate import presets, sources
-from sbv2_jax.evaluate.measure import evaluate
+from sbv2_jax.evaluate import curves, presets, sources
+from sbv2_jax.evaluate.intervals import Interval
+from sbv2_jax.evaluate.measure import Evaluation, Row, evaluate
+from sbv2_jax.evaluate.protocol import Protocol
 from sbv2_jax.run import evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -247,7 +250,14 @@ def test_ranges_that_are_none_are_refused(text):
         (("--pictures={}/val2014",), "holds 20 pictures, and the protocol has 150 prompts"),
         (("--pictures=real",), "has no real pictures of its prompts"),
         (("--model={}/pipeline", "--real={}/none"), "/none does not exist"),
-        (("--model={}/pipeline", "--inception={}/pipeline/unet"), "InceptionConfig is expected"),
+        (
+            ("--model={}/pipeline", "--inception={}/pipeline/unet"),
+            "--inception: distances to real pictures need",
+        ),
+        (
+            ("--model={}/pipeline", "--real={}/val2014", "--inception={}/pipeline/unet"),
+            "InceptionConfig is expected",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(coco, tmp_path, flags, message):
@@ -256,3 +266,37 @@ def test_bad_input_is_one_line_and_nothing_is_written(coco, tmp_path, flags, mes
     lines = [line for line in error.splitlines() if line.startswith("error:")]
     assert code == 2 and len(lines) == 1 and message in lines[0], error
     assert not (tmp_path / "out").exists()
+
+
+def test_hpsv2_prompts_are_of_the_style_of_their_file(tmp_path):
+    for style, texts in {"anime": ["a", "b"], "photo": ["c", "d", "e"]}.items():
+        (tmp_path / f"{style}.json").write_text(json.dumps(texts))
+    protocol = presets.hpsv2(prompts=f"{tmp_path}/*.json", weights={"hpsv2": "somewhere"})
+    assert list(protocol.prompts) == ["a", "b", "c", "d", "e"]
+    (metric,) = protocol.panels[0].metrics
+    assert list(metric.styles) == ["anime"] * 2 + ["photo"] * 3
+    assert protocol.panels[0].name("hpsv2, anime") == "HPSv2, anime"
+    with pytest.raises(InputError, match="HPSv2 needs --hpsv2"):
+        presets.hpsv2(prompts=f"{tmp_path}/*.json", weights={})
+
+
+def test_curves_are_of_sweeps_of_three_points(tmp_path):
+    def row(value, **settings):
+        figures = {("i", "FID"): Interval(value), ("c", "CLIP score"): Interval(value / 9)}
+        figures |= {("i", "precision"): Interval(0.1), ("i", "recall"): Interval(0.2)}
+        return Row(name="m", settings=settings, fingerprint="", figures=figures, directory=tmp_path, rate=0.0)
+
+    def drawn(rows):
+        protocol = Protocol(
+            name="p", prompts=["a", "b"], of=np.arange(2), panels=(), prepare=lambda one: one, prepared=""
+        )
+        evaluation = Evaluation(protocol=protocol, rows=rows, comparisons=[], references={}, better={})
+        found = curves.draw(evaluation)
+        assert all(Image.open(io.BytesIO(picture)).size[0] > 500 for picture in found.values())
+        return set(found)
+
+    guided = [row(9.0 - w, model="m", steps=4, guidance=w, seed=0) for w in (1.0, 2.0, 3.0)]
+    assert drawn(guided) == {"i_fid_against_c_clip_score", "i_precision_against_i_recall"}
+    assert drawn(guided[:2]) == set() and drawn([row(1.0, pictures="real")]) == set()
+    merged = [row(9.0 - w, model="m", steps=1, guidance=1.0, seed=0, weight=w) for w in (0.0, 0.5, 1.0)]
+    assert {"i_fid_over_the_weight", "c_clip_score_over_the_weight"} <= drawn(merged)

@@ -7,7 +7,9 @@ from conftest import measured
 from torch_metrics import InceptionScore as TheirScore
 
 from sbv2_jax.errors import InputError
+from sbv2_jax.evaluate.intervals import intervals
 from sbv2_jax.evaluate.metrics import METRICS
+from sbv2_jax.evaluate.metrics.hpsv2 import HPSv2
 from sbv2_jax.evaluate.metrics.inception_score import InceptionScore
 
 
@@ -76,3 +78,21 @@ def test_clip_score_is_the_raw_mean_and_hpsv2_a_hundred_times_it(rng):
     assert METRICS["hpsv2"].measure(similarity=cosines)["hpsv2"] == pytest.approx(published, rel=1e-12)
     negative = METRICS["clip_score"].measure(similarity=-cosines)["clip_score"]
     assert negative == pytest.approx(-cosines.mean()), "not clipped at 0"
+
+
+def test_hpsv2_of_each_style_is_the_mean_of_its_pictures(rng):
+    cosines, styles = rng.uniform(-1, 1, 60), ["anime", "photo", "photo"] * 20
+    metric = HPSv2(styles=styles)
+    figures = metric.measure(similarity=cosines)
+    assert figures["hpsv2, anime"] == pytest.approx(100 * cosines[::3].mean(), rel=1e-12)
+    assert figures["hpsv2, photo"] == pytest.approx(100 * np.delete(cosines, np.s_[::3]).mean(), rel=1e-12)
+    assert set(metric.better) == set(figures) and metric.better["hpsv2, photo"] == "higher"
+    weights = rng.integers(0, 3, (4, 60))
+    again = metric.resampled(weights, similarity=cosines)["hpsv2, photo"]
+    for counts, value in zip(weights, again, strict=True):
+        rows = [row for row in np.repeat(np.arange(60), counts) if styles[row] == "photo"]
+        assert value == pytest.approx(100 * cosines[rows].mean(), rel=1e-12)
+    found = intervals(metric, {"similarity": cosines}, resamples=200)["hpsv2, anime"]
+    assert found.low < found.value < found.high
+    with pytest.raises(InputError, match="60 styles for 59 pictures"):
+        metric.measure(similarity=cosines[1:])
