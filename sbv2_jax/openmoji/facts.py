@@ -74,7 +74,7 @@ def _fit(features: np.ndarray, labels: Sequence[str]) -> tuple[list[str], *tuple
         params, state = carry
 
         def loss(params):
-            logits = x[rows] @ params["kernel"] + params["bias"]
+            logits = x[rows] @ params["kernel"] + params["bias"][None]
             return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)

@@ -1,0 +1,78 @@
+"""The world's protocol: what is compared with what, and what the classifier of facts reads."""
+
+import numpy as np
+import pytest
+
+from sbv2_jax.openmoji import scenes
+from sbv2_jax.openmoji.facts import Facts
+from sbv2_jax.openmoji.protocol import in_training, openmoji, real_pictures
+from sbv2_jax.openmoji.scenes import BACKGROUNDS, Scene
+
+
+def made(rng, count, names=("apple", "dog", "key")):
+    """Scenes, and features in which each fact is a few numbers of its own."""
+    found, rows = [], []
+    for _ in range(count):
+        scene = Scene(
+            rng.choice(names), rng.choice(list(BACKGROUNDS)), rng.choice(scenes.SIZES), rng.choice(scenes.POSITIONS)
+        )  # fmt: skip
+        parts = []
+        for value, choices in (
+            (scene.identity, names), (scene.background, list(BACKGROUNDS)), (scene.size, scenes.SIZES),
+            (scene.position, scenes.POSITIONS),
+        ):  # fmt: skip
+            parts.append(np.eye(len(choices))[list(choices).index(value)])
+        found.append(scene)
+        rows.append(np.concatenate(parts) * 40 + rng.normal(size=sum(map(len, parts))) + 7)
+    return found, np.array(rows, np.float32)
+
+
+def test_facts_are_read_where_they_are_and_guessed_where_they_are_not(rng):
+    train_scenes, train = made(rng, 600)
+    shown, fake = made(rng, 200)
+    metric = Facts(scenes=shown, train_scenes=train_scenes)
+    found = metric.measure(fake=fake, train=train)
+    assert set(found) == {"drawing", "background", "size", "place"} and min(found.values()) > 0.99
+    # of other pictures' features each is right as often as chance has it
+    other = Facts(scenes=shown, train_scenes=train_scenes).measure(fake=rng.permutation(fake), train=train)
+    for name, choices in {"drawing": 3, "background": 10, "size": len(scenes.SIZES), "place": 5}.items():
+        assert other[name] == pytest.approx(1 / choices, abs=0.12), name
+    shuffled = fake.copy()
+    shuffled[:50] = rng.permutation(fake[:50])
+    weights = np.repeat([[1, 0], [0, 1]], [50, 150], axis=0).T  # the shuffled rows, and the others
+    drawings = metric.resampled(weights, fake=shuffled, train=train)["drawing"]
+    assert drawings[0] < 0.6 and drawings[1] > 0.99
+
+
+def test_drawings_that_training_never_shows_are_not_asked_for(rng):
+    train_scenes, train = made(rng, 300)
+    shown, fake = made(rng, 50, names=("sun", "moon", "tree"))
+    found = Facts(scenes=shown, train_scenes=train_scenes).measure(fake=fake, train=train)
+    assert "drawing" not in found and found["background"] > 0.9
+
+
+def test_each_network_has_a_classifier_of_its_own():
+    protocol = openmoji(count=4)
+    facts = [metric for _, metric in protocol.metrics() if metric.name == "facts"]
+    assert len(facts) == len(protocol.panels) == 2 and facts[0] is not facts[1]
+    assert facts[0]._fitted is not facts[1]._fitted
+
+
+def test_prompts_real_pictures_and_training_pictures_are_of_different_draws():
+    protocol = openmoji(count=6, images=2)
+    assert len(protocol.prompts) == 12 and protocol.of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    own = real_pictures(kind="recombined", split="test", count=6, images=2)
+    assert len(own) == 12 and np.array_equal(own[2], own[3]) and not np.array_equal(own[2], own[4])
+    others = [protocol.real[index].tobytes() for index in range(6)]
+    assert len(protocol.real) == 6 and not {own[row].tobytes() for row in range(12)} & set(others)
+    assert protocol.fingerprint() == openmoji(count=6, images=2).fingerprint()
+    assert protocol.fingerprint() != openmoji(count=6, images=2, split="validation").fingerprint()
+    assert {name for panel, name in protocol.decisive} == {"FD", "KID"}
+
+
+def test_the_small_protocol_of_a_run_is_of_validation_prompts():
+    protocol = in_training(count=5)
+    assert protocol.prompts == openmoji(count=5, split="validation").prompts
+    assert list(protocol.better()) == [
+        ("efficientnet-lite0", name) for name in ("FD", "KID", "drawing", "background", "size", "place")
+    ]
