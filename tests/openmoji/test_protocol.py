@@ -28,7 +28,7 @@ def made(rng, count, names=("apple", "dog", "key")):
 
 
 def test_facts_are_read_where_they_are_and_guessed_where_they_are_not(rng):
-    train_scenes, train = made(rng, 600)
+    train_scenes, train = made(rng, 4000)
     shown, fake = made(rng, 200)
     metric = Facts(scenes=shown, train_scenes=train_scenes)
     found = metric.measure(fake=fake, train=train)
@@ -45,7 +45,7 @@ def test_facts_are_read_where_they_are_and_guessed_where_they_are_not(rng):
 
 
 def test_drawings_that_training_never_shows_are_not_asked_for(rng):
-    train_scenes, train = made(rng, 300)
+    train_scenes, train = made(rng, 4000)
     shown, fake = made(rng, 50, names=("sun", "moon", "tree"))
     found = Facts(scenes=shown, train_scenes=train_scenes).measure(fake=fake, train=train)
     assert "drawing" not in found and found["background"] > 0.9
