@@ -156,9 +156,8 @@ def unlike_leaves(stored: Mapping[str, Mapping], abstract: Mapping[str, Any]) ->
     return lines
 
 
-def changed_fields(saved: Mapping, current: Mapping) -> dict[str, str]:
-    """Returns one line for every config field that differs, by the field's dotted name."""
-    old, new = flatten(saved), flatten(current)
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Returns one line for every field that differs between flat configurations, by the field's dotted name."""
     return {
         name: f"{name} was {old.get(name, _ABSENT)!r}, is {new.get(name, _ABSENT)!r}"
         for name in sorted(old.keys() | new.keys())

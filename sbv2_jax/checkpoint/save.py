@@ -32,6 +32,7 @@ from sbv2_jax.checkpoint.manifest import (
     changed_fields,
     changed_sources,
     describe,
+    flatten,
     host_copy,
     json_digest,
     read_manifest,
@@ -64,6 +65,7 @@ class Checkpoints:
         sources: Mapping[str, Mapping[str, str]] | None = None,
         may_change: Sequence[str] = (),
         places: Sequence[str] = (),
+        former: Mapping[str, Any] | None = None,
         force: bool | Sequence[str] = False,
         best: tuple[str, str] | None = None,
         asynchronous: bool = True,
@@ -78,6 +80,7 @@ class Checkpoints:
           sources: {name: {"sha256": ...}} of all else that the run is made from; compared at restore too.
           may_change: dotted config fields, or groups of them, that may differ at restore.
           places: config fields that say where sources are: they may differ where the contents are compared.
+          former: what a step that was saved before there was a field stands for, by the field's dotted name.
           force: restore in spite of another configuration, source or data: of any, or of those with these names.
           best: a number that steps are saved with in `extra`, by its name, and whether "higher" or "lower" is better:
             the best of the steps that have it is kept beside the newest ones.
@@ -92,6 +95,7 @@ class Checkpoints:
         self._sources = {name: dict(source) for name, source in (sources or {}).items()}
         self._may_change = tuple(may_change)
         self._places = tuple(places)
+        self._former = dict(former or {})
         self._force = force
         self._best = best
         self._asynchronous = asynchronous
@@ -215,7 +219,7 @@ class Checkpoints:
         if unlike:
             listed = "; ".join(unlike)
             raise InputError(f"{directory} does not fit the model in {len(unlike)} leaves: {listed}")
-        changed = changed_fields(manifest.config, self._config)
+        changed = changed_fields(self._former | flatten(manifest.config), flatten(self._config))
         free = self._may_change
         if manifest.sources:
             free += self._places

@@ -27,6 +27,8 @@ _MAY_CHANGE = (
     "sample",
     "student.lora.init",
 )
+# What a run did before there was the field, so that its checkpoints go on.
+FORMER = {"prompts_column": "", "score.weighting": "epsilon", "terms": ["vsd", "clip"]}
 
 
 def default_config() -> ConfigDict:

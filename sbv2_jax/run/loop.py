@@ -28,7 +28,7 @@ from sbv2_jax.run.arrays import load_frozen, load_state, read_start
 from sbv2_jax.run.build import Run, assemble
 from sbv2_jax.run.compilation import compile_step, lay_out
 from sbv2_jax.run.components import read_parts
-from sbv2_jax.run.config import may_change, validate
+from sbv2_jax.run.config import FORMER, may_change, validate
 from sbv2_jax.run.dry_run import dry_run as dry_run_report
 from sbv2_jax.run.export import export_best, export_student
 from sbv2_jax.run.guard import Guard
@@ -122,6 +122,7 @@ def make_ready(
             sources=sources,
             may_change=may_change(config),
             places=PLACES,
+            former=FORMER,
             force=force,
             best=protocol.best if protocol else None,
         )

@@ -327,6 +327,18 @@ def test_every_unlike_leaf_is_listed_in_one_error(stored):
         assert line in str(error.value)
 
 
+def test_a_field_that_is_newer_than_the_checkpoint_stands_for_what_was_done_before(stored):
+    student = {**CONFIG["student"], "mode": "full"}
+    with opened(
+        stored, config={**CONFIG, "student": student}, former={"student.mode": "full"}
+    ) as checkpoints:
+        assert checkpoints.restore(abstract(state_at(0))) is not None
+    other = {**CONFIG, "student": {**student, "mode": "lora"}}
+    checkpoints = opened(stored, config=other, former={"student.mode": "full"})
+    with checkpoints, pytest.raises(InputError, match="student.mode was 'full', is 'lora'"):
+        checkpoints.restore(abstract(state_at(0)))
+
+
 def test_another_configuration_is_refused_field_by_field_unless_forced(stored):
     other = {"steps": 99, "student": {"lr": 2e-6, "targets": ["q", "v"], "mode": "full"}, "prompts": "p.txt"}
     checkpoints = opened(stored, config=other, may_change=("steps",), fingerprint="xyz")
