@@ -228,12 +228,12 @@ def test_pipeline_directory_is_complete_small_and_float16(undisturbed):
     directory = undisturbed / "pipeline"
     parts = load_pipeline(directory)
     assert {"vae_tiny", "clip"} <= parts.configs.keys()
-    assert {leaf.dtype for leaf in parts.unet.params.values()} == {np.dtype(np.float16)}
+    assert {leaf.dtype for leaf in parts.component("unet").params.values()} == {np.dtype(np.float16)}
     latents = np.load(undisturbed / "vae" / "latents.npz")["latents"]
     _, _, factor = vae.standardise(
-        {name: np.asarray(leaf, np.float32) for name, leaf in parts.vae.params.items()}, latents
+        {name: np.asarray(leaf, np.float32) for name, leaf in parts.component("vae").params.items()}, latents
     )
-    assert parts.vae.config.scaling_factor == pytest.approx(factor)
+    assert parts.component("vae").config.scaling_factor == pytest.approx(factor)
     card = (directory / "README.md").read_text(encoding="utf-8")
     for text in (
         "license: cc-by-sa-4.0",

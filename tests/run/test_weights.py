@@ -78,27 +78,27 @@ def test_a_key_twice_in_the_index_and_an_index_without_a_map(tmp_path):
         open_weights(tmp_path, STEM)
 
 
-def test_the_plain_file_is_chosen_and_a_variant_if_it_is_the_only_one_or_asked_for(tmp_path):
+def test_the_plain_file_is_chosen_and_a_variant_if_it_is_the_only_one(tmp_path):
     def write(name: str, value: float) -> None:
         save_file({"a": np.full(1, value, np.float32)}, tmp_path / name)
 
-    def chosen(**kwargs) -> float:
-        return next(open_weights(tmp_path, STEM, **kwargs).read("a", mapped=True))[1].item()
+    def chosen() -> float:
+        return next(open_weights(tmp_path, STEM).read("a", mapped=True))[1].item()
 
     with pytest.raises(InputError, match=f"{tmp_path} has no {STEM}.safetensors"):
         chosen()
     write("model.fp16.safetensors", 1)
     write("modelling.safetensors", 9)
     (tmp_path / "model.bin").write_bytes(b"a pickle beside safetensors is left alone")
-    assert chosen() == chosen(variant="fp16") == 1
+    assert chosen() == 1
     write("model.non_ema.safetensors", 2)
     with pytest.raises(InputError, match="model.fp16.safetensors, model.non_ema.safetensors: move all but"):
         chosen()
     write("model.safetensors", 3)
-    assert (chosen(), chosen(variant="non_ema")) == (3, 2)
-    with pytest.raises(InputError, match="no weights of variant 'fp8'"):
-        chosen(variant="fp8")
+    assert chosen() == 3
+    for name in ("model.fp16", "model.non_ema", "model"):
+        (tmp_path / f"{name}.safetensors").unlink()
     write("model.ema-00001-of-00001.safetensors", 4)
     index = {"weight_map": {"a": "model.ema-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.ema.json").write_text(json.dumps(index))
-    assert chosen(variant="ema") == 4
+    assert chosen() == 4

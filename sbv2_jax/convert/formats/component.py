@@ -72,25 +72,22 @@ def weight_files(directory: str | Path) -> list[Path]:
     return list(dict.fromkeys(open_weights(directory, config.STEM).files.values()))
 
 
-def load_component(
-    directory: str | Path, *, dtype: Any | None = None, variant: str | None = None
-) -> Component:
+def load_component(directory: str | Path, *, dtype: Any | None = None) -> Component:
     """Loads a model directory, without network and without pickle.
 
     The parameters keep the file's types unless `dtype` (float32, bfloat16 or float16) is asked for; where no
     cast is needed those of safetensors are read-only views of the file. All checks come before the first tensor
     is read. Raises InputError that lists every missing and unexpected name, every wrong shape and type, in the
-    names of the files; also for values that are NaN or infinite, and for one that `dtype` cannot hold. `variant` is
-    explained at `weights.open_weights`.
+    names of the files; also for values that are NaN or infinite, and for one that `dtype` cannot hold.
     """
     directory = existing_directory(directory)
     dtype = None if dtype is None else _format_name(dtype)
     config = load_config(directory)
-    if variant is None and orbax_files.has_params(directory):
+    if orbax_files.has_params(directory):
         stored = orbax_files.read_params(directory, network(config).shapes)
         refuse_not_finite([name for name in stored if not is_finite(stored[name])], str(directory))
         return Component(config, {name: _cast(name, stored[name], dtype) for name in sorted(stored)})
-    weights = open_weights(directory, config.STEM, variant=variant)
+    weights = open_weights(directory, config.STEM)
     ours = _match(class_of(config), weights, network(config).shapes, str(directory))
     # What is cast is read and let go; the rest stays where it is, in the file.
     mapped = all(dtype in (None, weights.infos[name].dtype) for name in ours)

@@ -49,8 +49,7 @@ _PARTS = STABLE_DIFFUSION_XL.parts
 class PipelineParts:
     """An opened pipeline: its settings are read and checked, its weights are read when asked for.
 
-    `unet`, `vae`, `text_encoder`, `tokenizer`, and `text_encoder_2`, `vae_tiny` and `clip` (None where the pipeline
-    has none) load at the first use and stay; `component` loads without keeping.
+    `component` loads a network, and keeps none.
     """
 
     directory: Path
@@ -77,30 +76,6 @@ class PipelineParts:
     def component_dir(self, name: str) -> Path:
         """Returns the folder of one part."""
         return component_dir(self.directory, name)
-
-    @functools.cached_property
-    def unet(self) -> Component:
-        return self.component("unet")
-
-    @functools.cached_property
-    def vae(self) -> Component:
-        return self.component("vae")
-
-    @functools.cached_property
-    def text_encoder(self) -> Component:
-        return self.component("text_encoder")
-
-    @functools.cached_property
-    def text_encoder_2(self) -> Component | None:
-        return self.component("text_encoder_2") if "text_encoder_2" in self.configs else None
-
-    @functools.cached_property
-    def vae_tiny(self) -> Component | None:
-        return self.component("vae_tiny") if "vae_tiny" in self.configs else None
-
-    @functools.cached_property
-    def clip(self) -> Component | None:
-        return self.component("clip") if "clip" in self.configs else None
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | TokenizerPair:

@@ -36,21 +36,21 @@ class Weights(NamedTuple):
             yield from read_tensors(path, {name: self.infos[name] for name in wanted}, mapped=mapped)
 
 
-def open_weights(directory: Path, stem: str, *, variant: str | None = None) -> Weights:
+def open_weights(directory: Path, stem: str) -> Weights:
     """Finds the weights `<stem>.safetensors`, or those of `<stem>.safetensors.index.json`, and checks them.
 
-    Without `variant` the plain files are taken, and those of a variant (`<stem>.fp16.safetensors`) only where
-    there are no others. Raises InputError for no file, several variants, a pickle in place of the file, and
-    everything that `file_of`, `read_header` and the index refuse.
+    The plain files are taken, and those of a variant (`<stem>.fp16.safetensors`) only where there are no others.
+    Raises InputError for no file, several variants, a pickle in place of the file, and everything that `file_of`,
+    `read_header` and the index refuse.
     """
-    path = file_of(directory, _choose(directory, stem, variant))
+    path = file_of(directory, _choose(directory, stem))
     if path.name.endswith(".json"):
         return _open_shards(directory, path)
     infos = read_header(path)
     return Weights(infos, dict.fromkeys(infos, path))
 
 
-def _choose(directory: Path, stem: str, variant: str | None) -> str:
+def _choose(directory: Path, stem: str) -> str:
     """Returns the name of the file, or of the index, to read."""
     names = sorted(path.name for path in directory.iterdir())
     # fp16 stands before the suffix: stem.fp16.safetensors, stem.safetensors.index.fp16.json
@@ -65,11 +65,6 @@ def _choose(directory: Path, stem: str, variant: str | None) -> str:
             # Where there are both, the libraries of the hub take the one file too.
             if of not in found or name.endswith(".safetensors"):
                 found[of] = name
-    if variant is not None:
-        if variant not in found:
-            have = ", ".join(found.values()) or "none"
-            raise InputError(f"{directory} has no weights of variant {variant!r} (found: {have})")
-        return found[variant]
     if "" in found:
         return found[""]
     if len(found) == 1:
