@@ -110,6 +110,11 @@ def _in_pieces(
                 _write(path, piece)
             pieces.append(piece)
             bar.update(len(rows))
+    return whole(pieces)
+
+
+def whole(pieces: Sequence[Seen]) -> Seen:
+    """Returns what was seen piece by piece, all rows of it."""
     return {
         label: {name: np.concatenate([piece[label][name] for piece in pieces]) for name in columns}
         for label, columns in pieces[0].items()

@@ -4,12 +4,11 @@ import inspect
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from sbv2_jax.distill.state import TrainState
 from sbv2_jax.errors import InputError, listed
-from sbv2_jax.evaluate.features import PIECE, Networks
+from sbv2_jax.evaluate.features import PIECE, Networks, whole
 from sbv2_jax.evaluate.measure import Columns
 from sbv2_jax.evaluate.protocol import Protocol
 from sbv2_jax.fields import imported
@@ -50,10 +49,7 @@ class Scoring:
             pieces.append(
                 {label: self._networks.see(label, pictures, texts) for label in self._networks.panels}
             )
-        seen = {
-            label: {name: np.concatenate([piece[label][name] for piece in pieces]) for name in columns}
-            for label, columns in pieces[0].items()
-        }
+        seen = whole(pieces)
         return {
             f"{_PREFIX}/{panel.label}/{panel.name(name)}": value
             for panel, metric in protocol.metrics()

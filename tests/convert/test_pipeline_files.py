@@ -194,7 +194,7 @@ def test_a_pipeline_is_made_of_parts_without_a_base(theirs, tmp_path):
     )
     again = load_pipeline(tmp_path / "out")
     assert "clip" in again.configs and "vae_tiny" not in again.configs
-    assert again.unet.params["conv_in.bias"].dtype == np.float16
+    assert again.component("unet").params["conv_in.bias"].dtype == np.float16
     processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "out" / "clip")
     assert dict(processor.crop_size) == {"height": 12, "width": 12}
     with pytest.raises(InputError, match="a pipeline needs vae, text_encoder, tokenizer_dir, scheduler"):

@@ -311,9 +311,9 @@ def test_a_stage_that_has_diverged_ends_and_keeps_its_checkpoints(tmp_path):
         preview=lambda params: None,
         fingerprint="toy",
     )
-    run_ = loop.Run(workdir=tmp_path, seed=0, cooldown=0.2, clip_norm=1.0, log_every=3, keep=3)
+    shared = loop.Shared(workdir=tmp_path, seed=0, cooldown=0.2, clip_norm=1.0, log_every=3, keep=3)
     with pytest.raises(InputError, match="not finite in 20 steps in a row, up to step 20: .*toy"):
-        loop.train(hopeless, run_)
+        loop.train(hopeless, shared)
     lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18, 21] and lines[0]["skipped"] == 1
     assert checkpoint.load(tmp_path / "toy" / "checkpoints")[0] == 20

@@ -175,14 +175,14 @@ def quadratic(steps: int, **changes) -> tuple[loop.Stage, list[int]]:
     )
 
 
-def a_run(workdir: Path, **changes) -> loop.Run:
+def shared_by(workdir: Path, **changes) -> loop.Shared:
     values = {"seed": 1, "cooldown": 0.5, "clip_norm": 1.0, "log_every": 2, "keep": 2}
-    return loop.Run(workdir=workdir, **values | changes)
+    return loop.Shared(workdir=workdir, **values | changes)
 
 
 def test_loop_logs_each_step_checkpoints_and_previews(tmp_path):
     stage, seen = quadratic(8)
-    params = loop.train(stage, a_run(tmp_path))
+    params = loop.train(stage, shared_by(tmp_path))
     assert np.all(params["x.kernel"][1:] > 0)
     lines = [json.loads(line) for line in (tmp_path / "quadratic" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
@@ -192,20 +192,20 @@ def test_loop_logs_each_step_checkpoints_and_previews(tmp_path):
 
 def test_loop_returns_a_complete_stage_without_a_step_and_refuses_other_settings(tmp_path):
     stage, _ = quadratic(6)
-    first = loop.train(stage, a_run(tmp_path))
+    first = loop.train(stage, shared_by(tmp_path))
     again, seen = quadratic(6)
-    assert np.array_equal(loop.train(again, a_run(tmp_path))["x.kernel"], first["x.kernel"])
+    assert np.array_equal(loop.train(again, shared_by(tmp_path))["x.kernel"], first["x.kernel"])
     assert not seen
     with pytest.raises(InputError, match="seed"):
-        loop.train(again, a_run(tmp_path, seed=2))
+        loop.train(again, shared_by(tmp_path, seed=2))
     with pytest.raises(InputError, match="data"):
-        loop.train(quadratic(6, fingerprint="two")[0], a_run(tmp_path))
+        loop.train(quadratic(6, fingerprint="two")[0], shared_by(tmp_path))
 
 
 def test_loop_can_be_prolonged(tmp_path):
-    loop.train(quadratic(6)[0], a_run(tmp_path))
+    loop.train(quadratic(6)[0], shared_by(tmp_path))
     stage, seen = quadratic(9)
-    loop.train(stage, a_run(tmp_path))
+    loop.train(stage, shared_by(tmp_path))
     assert len(seen) == 1
 
 

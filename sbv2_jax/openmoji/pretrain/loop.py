@@ -63,7 +63,7 @@ class StageState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Shared:
     """What all stages of a run share."""
 
     workdir: Path
@@ -74,20 +74,25 @@ class Run:
     keep: int
 
 
-def train(stage: Stage, run: Run) -> dict[str, np.ndarray]:
+def train(stage: Stage, shared: Shared) -> dict[str, np.ndarray]:
     """Trains a stage to its last step, from its newest checkpoint if there is one; returns the averaged weights.
 
     A stage that is complete is only read. Raises InputError where the checkpoints are of other settings and as
     `Guard` does, and Preempted after a step that a signal made the last.
     """
-    settings, directory = stage.settings, run.workdir / stage.name
-    optimizer = make_optimizer(settings, run.cooldown, run.clip_norm)
-    seed = int(digest(stage.name, str(run.seed))[:8], 16)  # no two stages draw alike
+    settings, directory = stage.settings, shared.workdir / stage.name
+    optimizer = make_optimizer(settings, shared.cooldown, shared.clip_norm)
+    seed = int(digest(stage.name, str(shared.seed))[:8], 16)  # no two stages draw alike
     step = jax.jit(make_step(stage.loss, optimizer, settings.ema, seed), donate_argnums=0)
-    config = {**settings.to_dict(), "seed": run.seed, "cooldown": run.cooldown, "clip_norm": run.clip_norm}
+    config = {
+        **settings.to_dict(),
+        "seed": shared.seed,
+        "cooldown": shared.cooldown,
+        "clip_norm": shared.clip_norm,
+    }
     checkpoints = Checkpoints(
         directory / "checkpoints",
-        keep=run.keep,
+        keep=shared.keep,
         config=config,
         fingerprint=stage.fingerprint,
         may_change=_MAY_CHANGE,
@@ -96,20 +101,20 @@ def train(stage: Stage, run: Run) -> dict[str, np.ndarray]:
         state, start = _restored_or_new(stage, optimizer, checkpoints)
         if start < settings.steps:
             print(f"{stage.name}: {settings.steps - start} of {settings.steps} steps to go", flush=True)
-            state = _advance(stage, run, step, state, start, checkpoints, preemption)
+            state = _advance(stage, shared, step, state, start, checkpoints, preemption)
     return {name: np.asarray(leaf) for name, leaf in state.ema.items()}
 
 
 def _advance(
     stage: Stage,
-    run: Run,
+    shared: Shared,
     step: Callable,
     state: StageState,
     start: int,
     checkpoints: Checkpoints,
     preemption: Preemption,
 ) -> StageState:
-    settings, directory = stage.settings, run.workdir / stage.name
+    settings, directory = stage.settings, shared.workdir / stage.name
     guard = Guard(directory)
     inputs = jax.device_put(stage.inputs, everywhere())
     pending: list[Metrics] = []
@@ -121,7 +126,7 @@ def _advance(
             pending.append(metrics)
             preempted = preemption.requested()
             last = preempted or number == settings.steps
-            if last or number % run.log_every == 0:
+            if last or number % shared.log_every == 0:
                 found = jax.device_get(pending)
                 log.write(number, _mean(found))
                 for of, metrics in enumerate(found, start=number - len(found) + 1):

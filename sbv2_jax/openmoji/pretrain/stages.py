@@ -16,7 +16,7 @@ from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.openmoji import world as openmoji
 from sbv2_jax.openmoji.pretrain import clip, grids, unet, vae
 from sbv2_jax.openmoji.pretrain.dataset import World, validation_pictures
-from sbv2_jax.openmoji.pretrain.loop import Run, Stage, digest, quiet_branches, train
+from sbv2_jax.openmoji.pretrain.loop import Shared, Stage, digest, quiet_branches, train
 from sbv2_jax.openmoji.pretrain.pictures import in_batches, to_float, to_uint8
 from sbv2_jax.openmoji.render import RESOLUTION
 from sbv2_jax.tree import Params
@@ -30,7 +30,7 @@ class Stages:
 
     def __init__(self, config: ConfigDict, workdir: Path, world: World, tokenizer: Tokenizer):
         self.config, self.workdir, self.world, self.tokenizer = config, workdir, world, tokenizer
-        self._run = Run(
+        self._shared = Shared(
             workdir=workdir,
             seed=config.seed,
             cooldown=config.cooldown,
@@ -62,7 +62,7 @@ class Stages:
                 preview=preview,
                 fingerprint=self.world.fingerprint,
             ),
-            self._run,
+            self._shared,
         )
         params, self._latents, factor = vae.standardise(params, self._cached_means(params))
         return Component(vae.vae_config(settings, RESOLUTION, scaling_factor=factor), params)
@@ -102,7 +102,7 @@ class Stages:
                 preview=preview,
                 fingerprint=digest(self.world.fingerprint, large.params),
             ),
-            self._run,
+            self._shared,
         )
         return Component(vae.tiny_config(settings, large.config.latent_channels), params)
 
@@ -130,7 +130,7 @@ class Stages:
                 preview=lambda params: None,
                 fingerprint=self._text_print,
             ),
-            self._run,
+            self._shared,
         )
         return Component(config, params)
 
@@ -162,7 +162,7 @@ class Stages:
                 preview=self._write_unet_grid,
                 fingerprint=digest(self._text_print, large.params, text.params),
             ),
-            self._run,
+            self._shared,
         )
 
     @functools.cached_property
