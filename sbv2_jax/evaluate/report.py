@@ -26,7 +26,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1em 0 }
 td, th { border-bottom: 1px solid #ddd; padding: .3em .8em; text-align: right; vertical-align: top }
-td:first-child, th:first-child { text-align: left }
+td, th { white-space: nowrap } td:first-child, th:first-child { text-align: left }
+summary { cursor: pointer; margin: .5em 0 }
 small { color: #777 } img { max-width: 100% } pre, code { background: #f4f4f4; padding: .1em .3em; overflow-x: auto }
 .best { font-weight: 600 } .scroll { overflow-x: auto }
 """
@@ -112,23 +113,25 @@ def page(evaluation: Evaluation, command: str, drawn: dict[str, bytes]) -> str:
     parts = [
         f"<h1>{html.escape(protocol.name)}</h1>",
         f"<p>{len(protocol.prompts):,} pictures of {len(np.unique(protocol.of)):,} prompts for each row. In brackets: "
-        "95% intervals over prompts.</p>",
-        _html_table(evaluation),
+        "95 % intervals over prompts. The best of each column is bold.</p>",
     ]
+    for label in dict.fromkeys(label for label, _ in _names(evaluation.rows)):
+        parts += [f"<h2>{html.escape(label)}</h2>", _html_table(evaluation, label)]
     parts += [f"<p>Not measured: {html.escape(line)}.</p>" for line in protocol.absent]
-    if evaluation.comparisons:
-        parts.append("<h2>Against the first row</h2>")
-        parts += [_html_comparison(one) for one in evaluation.comparisons]
+    if (sheet := _grid(evaluation)) is not None:
+        parts += [
+            "<h2>Pictures</h2>",
+            f'<div class="scroll"><img alt="the same prompts, a column a model" src="{_inline(sheet)}"></div>',
+        ]
     if drawn:
         parts.append("<h2>Curves</h2>")
         parts += [
             f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
             for name, picture in drawn.items()
         ]
-    if (sheet := _grid(evaluation)) is not None:
-        parts.append(
-            f'<h2>Pictures</h2><div class="scroll"><img alt="the same prompts" src="{_inline(sheet)}"></div>'
-        )
+    if evaluation.comparisons:
+        parts.append("<h2>Against the first row</h2>")
+        parts += [_html_comparison(one) for one in evaluation.comparisons]
     hashes = "".join(
         f"<tr><td>{html.escape(name)}</td><td><code>{value}</code></td></tr>"
         for name, value in evaluation.references.items()
@@ -180,18 +183,17 @@ def _sentence(one: Comparison) -> str:
     return f"{one.name} {one.verdict.word} against {one.rival}{why}"
 
 
-def _html_table(evaluation: Evaluation) -> str:
-    names = _names(evaluation.rows)
-    head = "".join(f"<th>{html.escape(label)}<br>{html.escape(name)}</th>" for label, name in names)
+def _html_table(evaluation: Evaluation, label: str) -> str:
+    names = [name for name in _names(evaluation.rows) if name[0] == label]
+    head = "".join(f"<th>{html.escape(figure)}</th>" for _, figure in names)
     best = {}
     for name in names:
         values = [row.figures[name].value for row in evaluation.rows if name in row.figures]
-        if evaluation.better.get(name) and len(values) > 1:
+        if evaluation.better.get(name) and len(set(values)) > 1:
             best[name] = (max if evaluation.better[name] == "higher" else min)(values)
     lines = []
     for row in evaluation.rows:
-        seed = row.settings.get("seed")
-        cells = [html.escape(row.name) + ("" if seed is None else f" <small>seed {seed}</small>")]
+        cells = [html.escape(_title(row))]
         for name in names:
             interval = row.figures.get(name)
             if interval is None:
@@ -213,10 +215,16 @@ def _html_comparison(one: Comparison) -> str:
         + "".join(f"<td>{_text(interval)}</td>" for interval in deltas)
         + "</tr>"
         for name, deltas in one.differences.items()
+        if any(
+            interval.low is not None for interval in deltas
+        )  # what does not depend on the pictures is the same
     )
     head = "".join(f"<th>{'' if seed is None else f'seed {seed}'}</th>" for seed in one.seeds)
     said = _sentence(one) if one.verdict else f"{one.name} minus {one.rival}"
-    return f"<p>{html.escape(said)}</p><table><tr><th>difference</th>{head}</tr>{rows}</table>"
+    return (
+        f"<details><summary>{html.escape(said)}</summary>"
+        f"<table><tr><th>difference</th>{head}</tr>{rows}</table></details>"
+    )
 
 
 def _grid(evaluation: Evaluation) -> np.ndarray | None:
