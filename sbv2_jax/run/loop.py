@@ -192,7 +192,7 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
             last, figures = preempted or number == config.steps, {}
             if ready.scoring and not preempted and (last or number % config.evaluate.every == 0):
                 figures = ready.scoring.measure(ready.state)
-            with processes.together():
+            with watchdog(number, config.limits.step_seconds), processes.together():
                 log.write(number, metrics | figures)
                 guard.check(number, metrics)
             if last or figures or number % config.checkpoint.every == 0:
