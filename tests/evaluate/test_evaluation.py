@@ -77,22 +77,20 @@ def run(coco, out, *flags):
         env=environment(coco),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_killed_goes_on_to_the_same_report(coco, tmp_path):
     """Both go to one directory in the end: the report says the command."""
-    out, flags = (
-        tmp_path / "out",
-        [f"--model={coco}/pipeline", "--steps=1,2", "--guidance=1:3:1", "--seed=0", "--seed=7"],
-    )
+    out, flags = tmp_path / "out", [f"--model={coco}/pipeline", "--guidance=1:3:1", "--seed=0", "--seed=7"]
     process = subprocess.Popen(
         command(coco, out, *flags), cwd=ROOT, env=environment(coco), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while len(list(out.glob("features/*/*.npz"))) < 8:
+    deadline = time.monotonic() + 480
+    while len(list(out.glob("features/*/*.npz"))) < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -110,17 +108,17 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_report(coco, tmp_path)
     assert {name: (out / name).read_bytes() for name in killed} == killed
 
     report = json.loads(killed["report.json"])
-    assert report["pictures"] == PROMPTS and len(report["sources"]) == 2 * 3 * 2
+    assert report["pictures"] == PROMPTS and len(report["sources"]) == 3 * 2
     assert any("--inception" in line for line in report["not_measured"])
     assert "not measured: FID" in said
     first = report["sources"][0]
     score = first["figures"]["clip"]["CLIP score"]
     assert -1 < score["low"] < score["value"] < score["high"] < 1
     assert {(one["settings"]["steps"], one["settings"]["guidance"]) for one in report["sources"]} == {
-        (steps, guidance) for steps in (1, 2) for guidance in (1.0, 2.0, 3.0)
+        (1, guidance) for guidance in (1.0, 2.0, 3.0)
     }  # fmt: skip
     # the same model by two seeds differs, and each other setting is beside the first
-    assert first["figures"] != report["sources"][1]["figures"] and len(report["comparisons"]) == 5
+    assert first["figures"] != report["sources"][1]["figures"] and len(report["comparisons"]) == 2
     assert report["comparisons"][0]["seeds"] == [0, 7]
 
 
