@@ -9,7 +9,6 @@ pictures and noise are the same for all.
 Needs `pip install -e ".[test,evaluate]"`.
 """
 
-import functools
 import itertools
 import json
 import time
@@ -26,7 +25,7 @@ from sbv2_jax import cli
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.errors import InputError
-from sbv2_jax.evaluate.clip_score import clip_score
+from sbv2_jax.evaluate.extractors.image_text import image_text
 from sbv2_jax.evaluate.metrics.frechet import frechet_distance
 from sbv2_jax.evaluate.metrics.kernel import kernel_distance
 from sbv2_jax.models.clip_image import CLIPImageConfig
@@ -116,7 +115,8 @@ def _scorer() -> Callable[[np.ndarray, list[str]], float]:
         load_tokenizer(directory / "tokenizer"),
     )
     size = clip.config.vision_config.image_size
-    return functools.partial(clip_score, clip, tokenizer, CLIPImageConfig(size=size, crop_size=size))
+    judge = image_text(clip, tokenizer, CLIPImageConfig(size=size, crop_size=size))
+    return lambda pictures, captions: float(judge.similarity(pictures, captions).mean())
 
 
 def _setting(text: str) -> tuple[int, float]:

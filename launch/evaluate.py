@@ -10,7 +10,7 @@ python launch/evaluate.py --protocol=coco30k-sbv2 --prompts=captions_val2014.jso
 Killed and started again, it goes on. Each row after the first is compared with the first.
 """
 
-import os
+import functools
 import shlex
 import sys
 from argparse import Namespace
@@ -21,11 +21,18 @@ from sbv2_jax.cli import Flag, path
 from sbv2_jax.errors import InputError
 from sbv2_jax.fields import one_of, text, whole
 
-PROTOCOLS = ("openmoji", "coco30k-sbv2", "coco30k-dmd2", "hpsv2")
 KINDS = ("seen", "recombined", "held_out")
-NETWORKS = ("inception", "clip", "hpsv2", "hpsv2_weights", "cmmd", "dinov2")
+_HPSV2 = ("hpsv2", "hpsv2_weights")
+NETWORKS = ("inception", "clip", *_HPSV2, "cmmd", "dinov2")
+# The flags that not every protocol takes.
+TAKES = {
+    "openmoji": ("images", "kind", "split", "clip"),
+    "coco30k-sbv2": ("prompts", "column", "real", *NETWORKS, "channels"),
+    "coco30k-dmd2": ("prompts", "column", "real", "inception", "clip"),
+    "hpsv2": ("prompts", "column", *_HPSV2, "clip"),
+}
 FLAGS = (
-    Flag("protocol", f"One of {', '.join(PROTOCOLS)}.", str, one_of(*PROTOCOLS), required=True),
+    Flag("protocol", f"One of {', '.join(TAKES)}.", str, one_of(*TAKES), required=True),
     Flag(
         "model",
         "A pipeline (a directory, a hub id, 'bundled'), or a run; may be given several times. Settings of its own "
@@ -42,7 +49,7 @@ FLAGS = (
         several=True,
     ),
     Flag("merge", "Two models, A,B: their weighted sums for each --weight.", path, text()),
-    Flag("weight", "Weights of A: numbers, or FIRST:LAST:BETWEEN.", default="0:1:0.1"),
+    Flag("weight", "Weights of A: numbers, or FIRST:LAST:BETWEEN. Default: 0:1:0.1."),
     Flag("steps", "Steps: numbers with commas.", default="1"),
     Flag("guidance", "Guidance: numbers with commas, or FIRST:LAST:BETWEEN.", default="1"),
     Flag("sampler", "The sampler of more than one step, 'ddim' or 'dpm'.", str, one_of("ddim", "dpm"), "dpm"),
@@ -55,17 +62,16 @@ FLAGS = (
     ),
     Flag("out", "The directory of the report.", path, text(), required=True),
     Flag("count", "Prompts. Default: the protocol's own number.", int, whole(2)),
-    Flag("images", "Pictures of each prompt (openmoji).", int, whole(1), default=1),
-    Flag("kind", f"Which prompts (openmoji): {', '.join(KINDS)}.", str, one_of(*KINDS), "recombined"),
+    Flag("images", "Pictures of each prompt (openmoji). Default: 1.", int, whole(1)),
+    Flag("kind", f"Which prompts (openmoji): {', '.join(KINDS)}. Default: recombined.", str, one_of(*KINDS)),
     Flag(
         "split",
-        "Prompts to choose settings by, or to report (openmoji).",
+        "Prompts to choose settings by, 'validation', or to report, 'test' (openmoji). Default: test.",
         str,
         one_of("validation", "test"),
-        "test",
     ),
     Flag("prompts", "The file of captions.", path, text()),
-    Flag("column", "The column or key of the captions in that file.", default=""),
+    Flag("column", "The column or key of the captions in that file."),
     Flag("real", "The folder of real pictures.", path, text()),
     Flag("inception", "Inception's weights: a directory of convert.py from-inception.", path, text()),
     Flag("clip", "The CLIP of the CLIP score, in the layout of transformers or OpenCLIP.", path, text()),
@@ -75,23 +81,26 @@ FLAGS = (
     Flag("dinov2", "DINOv2, in the layout of transformers.", path, text()),
     Flag(
         "channels",
-        "Order of colours for precision and recall: 'bgr' is that of the published figures.",
+        "Order of colours for precision and recall, 'rgb', or 'bgr' as in the published figures. Default: rgb.",
         str,
         one_of("rgb", "bgr"),
-        "rgb",
     ),
     Flag("batch_size", "Pictures drawn at a time.", int, whole(1), default=64),
 )
 
 
 def main(given: Namespace) -> None:
+    foreign = {name for names in TAKES.values() for name in names} - {*TAKES[given.protocol]}
+    if wrong := [f"--{flag.name}" for flag in FLAGS if flag.name in foreign and getattr(given, flag.name)]:
+        raise InputError(f"--protocol={given.protocol} does not take {', '.join(wrong)}")
+    if given.weight and not given.merge:
+        raise InputError("--weight is of a --merge")
     # jax is loaded only once the flags are right
-    from sbv2_jax.devices.cache import use_cache
+    from sbv2_jax.devices.cache import use_cache, user_cache
     from sbv2_jax.run import evaluation
 
     use_cache()
     protocol, real = _protocol(given)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     evaluation.run(
         protocol,
         models=given.model,
@@ -100,12 +109,12 @@ def main(given: Namespace) -> None:
         real=real,
         steps=given.steps,
         guidance=given.guidance,
-        weight=given.weight,
+        weight=given.weight or "0:1:0.1",
         sampler=given.sampler,
-        seeds=given.seed or [0],
+        seeds=tuple(dict.fromkeys(given.seed)) or (0,),
         batch_size=given.batch_size,
         out=Path(given.out),
-        cache=Path(home) / "sbv2_jax" / "references",
+        cache=user_cache() / "references",
         command=shlex.join(["python", "launch/evaluate.py", *sys.argv[1:]]),
     )
 
@@ -113,22 +122,22 @@ def main(given: Namespace) -> None:
 def _protocol(given: Namespace):
     """Returns the protocol that was asked for, and the real pictures of its own prompts, where it has them."""
     if given.protocol == "openmoji":
-        foreign = ("prompts", "real", "inception", "hpsv2", "hpsv2_weights", "cmmd", "dinov2")
-        if wrong := [f"--{name}" for name in foreign if getattr(given, name)]:
-            raise InputError(f"--protocol=openmoji does not take {', '.join(wrong)}")
         from sbv2_jax.evaluate.extractors.image_text import open_image_text
         from sbv2_jax.openmoji.protocol import openmoji, real_pictures
 
-        settings = {"kind": given.kind, "split": given.split, "count": given.count or 2000}
-        clip = (lambda: open_image_text(given.clip)) if given.clip else None
-        return openmoji(**settings, images=given.images, clip=clip), real_pictures(
-            **settings, images=given.images
-        )
+        settings = {
+            "kind": given.kind or "recombined",
+            "split": given.split or "test",
+            "count": given.count or 2000,
+            "images": given.images or 1,
+        }
+        clip = functools.partial(open_image_text, given.clip) if given.clip else None
+        return openmoji(**settings, clip=clip), real_pictures(**settings)
     from sbv2_jax.evaluate import presets
 
     cli.require(given, ["prompts"], f"--protocol={given.protocol}")
     weights = {name: getattr(given, name) for name in NETWORKS if getattr(given, name)}
-    common = {"prompts": given.prompts, "column": given.column, "weights": weights}
+    common = {"prompts": given.prompts, "column": given.column or "", "weights": weights}
     if given.protocol == "hpsv2":
         return presets.hpsv2(**common, count=given.count), None
     common |= {"real": given.real, "count": given.count or presets.COCO_PICTURES}

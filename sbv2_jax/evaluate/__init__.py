@@ -1,1 +1,1 @@
-"""How far generated pictures are from real ones: numerics over feature arrays, none of them on a device."""
+"""How good pictures are: what networks see in them, figures of that with their intervals, protocols and reports."""

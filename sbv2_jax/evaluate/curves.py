@@ -7,9 +7,9 @@ from collections import defaultdict
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate.measure import Evaluation, Row
 
-# What is drawn against what, by the figure's name; the x axis first.
-_PAIRS = (("CLIP score", ("FID", "FD")), ("recall", ("precision",)))
-_SWEPT = ("guidance", "weight")
+# What is drawn against what, by the figure's name; the x axis first. CLIP scores go with all, others with their own.
+_PAIRS = (("CLIP score", ("FID", "FD")), ("drawing", ("FD",)), ("recall", ("precision",)))
+_SWEPT = ("weight", "guidance")  # a merge has both
 
 
 def draw(evaluation: Evaluation) -> dict[str, bytes]:
@@ -20,8 +20,6 @@ def draw(evaluation: Evaluation) -> dict[str, bytes]:
     lines: dict[tuple, list[Row]] = defaultdict(list)
     for row in evaluation.rows:
         if swept := next((name for name in _SWEPT if name in row.settings), None):
-            if "weight" in row.settings:
-                swept = "weight"
             kept = {name: value for name, value in row.settings.items() if name != swept}
             lines[swept, *sorted((name, str(value)) for name, value in kept.items())].append(row)
     lines = {key: rows for key, rows in lines.items() if len(rows) > 2}
@@ -31,9 +29,9 @@ def draw(evaluation: Evaluation) -> dict[str, bytes]:
     pictures = {}
     for horizontal, verticals in _PAIRS:
         for x in (name for name in names if name[1] == horizontal):
-            for y in (
-                name for name in names if name[1] in verticals and (x[1] != "recall" or name[0] == x[0])
-            ):
+            for y in (name for name in names if name[1] in verticals):
+                if y[0] != x[0] and horizontal != "CLIP score":
+                    continue
                 pictures[_file(f"{y[0]} {y[1]} against {x[0]} {x[1]}")] = _figure(lines, x, y)
     if any(key[0] == "weight" for key in lines):
         of_merges = {key: rows for key, rows in lines.items() if key[0] == "weight"}

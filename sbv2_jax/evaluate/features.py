@@ -29,15 +29,13 @@ Seen = dict[str, dict[str, np.ndarray]]
 
 
 class Networks:
-    """The networks of a protocol's panels, each loaded when it is first asked for."""
+    """The networks of a protocol's panels, by label; raises InputError where one cannot be opened."""
 
     def __init__(self, panels: Sequence[Panel]):
         self.panels = {panel.label: panel for panel in panels}
-        self._open: dict[str, Any] = {}
+        self._open = {panel.label: panel.open() for panel in panels}
 
     def __getitem__(self, label: str) -> Any:
-        if label not in self._open:
-            self._open[label] = self.panels[label].open()
         return self._open[label]
 
     def see(

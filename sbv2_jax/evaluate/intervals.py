@@ -5,7 +5,7 @@ Real and training pictures stay as they are, so an interval is about the model, 
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,62 +27,81 @@ class Interval(NamedTuple):
     high: float | None = None
 
 
-def intervals(
-    metric: Metric, columns: Columns, *, resamples: int | None = None, seed: int = 0
-) -> dict[str, Interval]:
-    """Returns the figures of a metric by name, each with its 95% interval.
+class Drawn(NamedTuple):
+    """What a metric gives of one model: its figures, and each of them again on every draw of prompts, [B].
+
+    `prompts` are the model's, in order, and `pictures` how many it has of them.
+    """
+
+    figures: dict[str, float]
+    resampled: dict[str, np.ndarray]
+    prompts: np.ndarray
+    pictures: int
+
+
+def drawn(metric: Metric, columns: Columns, *, resamples: int | None = None, seed: int = 0) -> Drawn:
+    """Measures a metric of one model, and of its prompts drawn anew: what `intervals` and `differences` are made of.
 
     `columns` has what the metric reads and `prompts`, without which each picture is its own. A metric with
-    "bootstrap" is measured on prompts drawn with replacement (Efron, 1979); the interval is of the quantiles of the
-    deviations from their mean. With "subsample" it is measured on halves of the prompts, drawn without replacement:
-    by n - b = b, such a figure deviates as the whole one does (Shao and Wu, 1989), and the interval is normal.
-    `resamples` is of how many draws, the metric's own number where None. Fewer than 20 prompts have no interval.
+    "bootstrap" is measured on prompts drawn with replacement (Efron, 1979), with "subsample" on halves of the
+    prompts, drawn without. `resamples` is of how many draws, the metric's own number where None. Models of the same
+    prompts are measured on the same draws. Fewer than 20 prompts are not drawn.
     """
-    figures = metric.measure(**metric.columns(columns))
-    return _with_intervals(metric, figures, [columns], resamples, seed)
+    its = metric.columns(columns)
+    figures, of = metric.measure(**its), _prompts(metric, columns)
+    names = np.unique(of)
+    if metric.interval is None or len(names) < max(_FEWEST_PROMPTS, 2 * metric.fewest):
+        return Drawn(figures, {}, names, len(of))
+    draws = _draws(metric, len(names), metric.resamples if resamples is None else resamples, seed)
+    return Drawn(figures, metric.resampled(draws[:, np.searchsorted(names, of)], **its), names, len(of))
 
 
-def differences(
-    metric: Metric, columns: Columns, others: Columns, *, resamples: int | None = None, seed: int = 0
-) -> dict[str, Interval]:
+def intervals(metric: Metric, ours: Drawn) -> dict[str, Interval]:
+    """Returns the figures of a model by name, each with its 95% interval.
+
+    Of a bootstrap it is of the quantiles of the deviations from their mean. Of halves of the prompts it is normal:
+    by n - b = b, a figure deviates there as the whole one does (Shao and Wu, 1989).
+    """
+    return _with_intervals(metric, ours.figures, ours.resampled, len(ours.prompts))
+
+
+def differences(metric: Metric, ours: Drawn, theirs: Drawn) -> dict[str, Interval]:
     """Returns the figures of one model minus those of another on the same prompts, each with its 95% interval.
 
-    Both are measured on the same draws of prompts, so that what the prompts have in common cancels (`intervals`).
+    Both are of the same draws, so that what the prompts have in common cancels.
     Raises InputError where their prompts differ, and where their numbers of pictures do and the figure depends on it.
     """
-    ours, theirs = (metric.measure(**metric.columns(one)) for one in (columns, others))
-    figures = {name: value - theirs[name] for name, value in ours.items() if name in theirs}
-    return _with_intervals(metric, figures, [columns, others], resamples, seed)
+    if not np.array_equal(ours.prompts, theirs.prompts):
+        raise InputError(
+            f"{metric.name}: two models are compared on the same prompts; these have {len(ours.prompts)} and "
+            f"{len(theirs.prompts)}, of which {len(np.intersect1d(ours.prompts, theirs.prompts))} are the same"
+        )
+    if metric.interval == "subsample" and ours.pictures != theirs.pictures:
+        raise InputError(
+            f"{metric.name} depends on the number of pictures: two models are compared at equal numbers, "
+            f"not at {ours.pictures} and {theirs.pictures}"
+        )
+
+    def minus(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value - other[name] for name, value in one.items() if name in other}
+
+    return _with_intervals(
+        metric,
+        minus(ours.figures, theirs.figures),
+        minus(ours.resampled, theirs.resampled),
+        len(ours.prompts),
+    )
 
 
 def _with_intervals(
-    metric: Metric, figures: Mapping[str, float], models: list[Columns], resamples: int | None, seed: int
+    metric: Metric, figures: Mapping[str, float], resampled: Mapping[str, np.ndarray], prompts: int
 ) -> dict[str, Interval]:
-    names, *others = (np.unique(_prompts(metric, columns)) for columns in models)
-    if any(not np.array_equal(names, its) for its in others):
-        raise InputError(
-            f"{metric.name}: two models are compared on the same prompts; these have {len(names)} and "
-            f"{len(others[0])}, of which {len(np.intersect1d(names, others[0]))} are the same"
-        )
-    counts = [len(_prompts(metric, columns)) for columns in models]
-    if metric.interval == "subsample" and min(counts) < max(counts):
-        raise InputError(
-            f"{metric.name} depends on the number of pictures: two models are compared at equal numbers, "
-            f"not at {counts[0]} and {counts[1]}"
-        )
-    if metric.interval is None or len(names) < max(_FEWEST_PROMPTS, 2 * metric.fewest):
-        return {name: Interval(value) for name, value in figures.items()}
-    drawn = _draws(metric, len(names), metric.resamples if resamples is None else resamples, seed)
-    found = []
-    for columns in models:
-        weights = drawn[:, np.searchsorted(names, _prompts(metric, columns))]
-        found.append(metric.resampled(weights, **metric.columns(columns)))
     result = {name: Interval(value) for name, value in figures.items()}
-    for name in figures.keys() & found[0].keys():
-        values = found[0][name] - found[1][name] if len(found) > 1 else found[0][name]
+    for name in figures.keys() & resampled.keys():
+        values = resampled[name]
         # Where a draw has nothing to measure, such as no prompt of several pictures, too few prompts have.
         if np.isfinite(values).all():
-            low, high = _bounds(metric, values - values.mean(), len(names))
+            low, high = _bounds(metric, values - values.mean(), prompts)
             result[name] = Interval(figures[name], figures[name] + low, figures[name] + high)
     return result
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from sbv2_jax.evaluate import features
 from sbv2_jax.evaluate.features import Networks, Seen
-from sbv2_jax.evaluate.intervals import Interval, differences, intervals
+from sbv2_jax.evaluate.intervals import Drawn, Interval, differences, drawn, intervals
 from sbv2_jax.evaluate.metrics.metric import Metric
 from sbv2_jax.evaluate.protocol import Panel, Protocol
 from sbv2_jax.evaluate.sources import Source
@@ -100,19 +100,20 @@ def evaluate(protocol: Protocol, sources: Iterable[Source], out: Path, cache: Pa
     networks = Networks(protocol.panels)
     columns = Columns(protocol, networks, cache)
     weights = {label: networks[label].fingerprint for label in networks.panels}
-    rows, seen = [], []
+    rows: list[Row] = []
+    draws: list[list[Drawn]] = []
     for source in sources:
         key = features.digest(
             protocol.fingerprint(), source.fingerprint, dict(source.settings), weights,
             {panel.label: panel.prefix for panel in protocol.panels},
         )  # fmt: skip
         directory = out / "features" / key[:16]
-        found, rate = features.of_source(protocol, networks, source, directory)
-        seen.append(found)
+        seen, rate = features.of_source(protocol, networks, source, directory)
+        draws.append([drawn(metric, columns.of(panel, metric, seen)) for panel, metric in protocol.metrics()])
         figures = {
             (panel.label, panel.name(name)): interval
-            for panel, metric in protocol.metrics()
-            for name, interval in intervals(metric, columns.of(panel, metric, found)).items()
+            for (panel, metric), its in zip(protocol.metrics(), draws[-1], strict=True)
+            for name, interval in intervals(metric, its).items()
         }
         rows.append(
             Row(
@@ -132,15 +133,13 @@ def evaluate(protocol: Protocol, sources: Iterable[Source], out: Path, cache: Pa
     return Evaluation(
         protocol=protocol,
         rows=rows,
-        comparisons=_compared(protocol, columns, rows, seen),
+        comparisons=_compared(protocol, rows, draws),
         references=references,
         better=protocol.better(),
     )
 
 
-def _compared(
-    protocol: Protocol, columns: Columns, rows: Sequence[Row], seen: Sequence[Seen]
-) -> list[Comparison]:
+def _compared(protocol: Protocol, rows: Sequence[Row], draws: Sequence[Sequence[Drawn]]) -> list[Comparison]:
     """Returns each model beside the first, seed by seed."""
     models: dict[tuple, dict[Any, int]] = defaultdict(dict)
     for index, row in enumerate(rows):
@@ -156,10 +155,9 @@ def _compared(
         if not pairs:
             continue
         deltas: dict[tuple[str, str], list[Interval]] = defaultdict(list)
-        for panel, metric in protocol.metrics():
+        for number, (panel, metric) in enumerate(protocol.metrics()):
             for ours, its in pairs:
-                sides = (columns.of(panel, metric, seen[one]) for one in (ours, its))
-                for name, interval in differences(metric, *sides).items():
+                for name, interval in differences(metric, draws[ours][number], draws[its][number]).items():
                     deltas[panel.label, panel.name(name)].append(interval)
         word = None
         if protocol.decisive:

@@ -1,6 +1,7 @@
 """Sets of pictures that are read by number: a folder of files, or pictures that a function makes."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ class Folder:
         except (OSError, UnidentifiedImageError, ValueError) as error:
             raise InputError(f"{path} cannot be read as a picture: {error}") from error
 
+    @functools.cache  # noqa: B019 (a set of pictures lives as long as its evaluation)
     def fingerprint(self) -> str:
         """Returns one SHA-256 over the names and the contents of all files."""
         total = hashlib.sha256()

@@ -185,6 +185,11 @@ def _clip(path: str) -> Panel:
 
 
 def _hpsv2(path: str, weights: Mapping[str, str], styles: Sequence[str]) -> Panel:
+    directory = Path(path)
+    if not weights.get("hpsv2_weights") and (directory / "open_clip_config.json").exists():
+        raise InputError(
+            f"--hpsv2={path}: OpenCLIP's own weights are no HPSv2: --hpsv2_weights=HPS_v2_compressed.pt"
+        )
     return Panel(
         label="hpsv2",
         open=functools.partial(

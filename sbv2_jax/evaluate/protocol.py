@@ -16,7 +16,7 @@ from sbv2_jax.evaluate.pictures import Pictures
 class Panel:
     """The metrics that are measured with one network.
 
-    `open` loads the network when it is needed: an `Extractor`, or with `captions` an `ImageText`, which sees a
+    `open` loads the network: an `Extractor`, or with `captions` an `ImageText`, which sees a
     picture beside its caption. `prefix` stands before each caption. `names` gives figures the name that they have
     with this network, such as {"frechet": "FID"}.
     """

@@ -31,7 +31,7 @@ class Facts(Metric):
     scenes: Sequence[Scene]
     train_scenes: Sequence[Scene]
     _fitted: dict = dataclasses.field(default_factory=dict)
-    """By fact, for the one network that `train` is of: fitted at the first call."""
+    """By the id of the features: them, so that it stays theirs, and what was fitted to them."""
 
     def measure(self, *, fake, train):
         return {name: float(right.mean()) for name, right in self._right(fake, train).items()}
@@ -44,11 +44,13 @@ class Facts(Metric):
 
     def _right(self, fake: np.ndarray, train: np.ndarray) -> dict[str, np.ndarray]:
         """Returns for each fact, bool [N], whether it is read in each picture as its scene says."""
-        if not self._fitted:
-            self._fitted.update({fact: _fit(train, _labels(self.train_scenes, fact)) for fact in FACTS})
+        if id(train) not in self._fitted:
+            heads = {fact: _fit(train, _labels(self.train_scenes, fact)) for fact in FACTS}
+            self._fitted[id(train)] = train, heads
+        _, heads = self._fitted[id(train)]
         found = {}
         for fact, name in FACTS.items():
-            names, mean, deviation, kernel, bias = self._fitted[fact]
+            names, mean, deviation, kernel, bias = heads[fact]
             if not set(_labels(self.scenes, fact)) & set(names):
                 continue  # drawings that training never shows cannot be named
             chosen = ((fake - mean) / deviation @ kernel + bias).argmax(1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -42,23 +41,25 @@ def openmoji(
     def real(index: int) -> np.ndarray:
         return others[index].reference()
 
-    extra: tuple[Any, ...] = (METRICS["diversity"],) if images > 1 else ()
+    metrics = (
+        *(METRICS[one] for one in _SETS),
+        Facts(scenes=shown, train_scenes=fitted),
+        METRICS["nearest_train"],
+        *([METRICS["diversity"]] if images > 1 else []),
+    )
     panels = [
         Panel(
             label=name,
             open=EXTRACTORS[name],
-            metrics=(
-                *(METRICS[one] for one in _SETS),
-                Facts(scenes=shown, train_scenes=fitted),
-                METRICS["nearest_train"],
-                *extra,
-            ),
+            metrics=metrics,
             names=_NAMES,
         )
         for name in _JUDGES
     ]
     if clip is not None:
-        panels.append(Panel(label="clip", open=clip, metrics=(METRICS["clip_score"],), captions=True))
+        names = {"clip_score": "CLIP score"}
+        score = (METRICS["clip_score"],)
+        panels.append(Panel(label="clip", open=clip, metrics=score, captions=True, names=names))
     return Protocol(
         name=f"openmoji, {kind} prompts of {split}",
         prompts=[one.caption for one in prompts for _ in range(images)],

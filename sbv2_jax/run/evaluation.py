@@ -22,7 +22,7 @@ from sbv2_jax.evaluate.protocol import Protocol
 from sbv2_jax.evaluate.sources import Source
 from sbv2_jax.fields import nearest
 from sbv2_jax.generate.inference import Pipeline, check_numbers, load, ready
-from sbv2_jax.run.trained import CHECKPOINTS, open_run_or_model, read_run, student_of
+from sbv2_jax.run.trained import CHECKPOINTS, kept_student, open_run_or_model, read_run, student_of
 
 _SETTINGS = ("steps", "guidance", "sampler", "step", "which")
 _RANGE = re.compile(r"([^:]+):([^:]+):([^:]+)")
@@ -48,11 +48,12 @@ def run(
 ) -> None:
     """Measures models and folders of pictures by a protocol, prints the table, and writes the report to `out`.
 
-    Models are drawn with every setting of a sweep and every seed; the folder 'real' stands for `real`, real pictures of
-    the protocol's own prompts. Killed and called again, it goes on, and ends in
-    the same report. Raises InputError for what is wrong with the input, before a picture is drawn.
+    Models are drawn with every setting of a sweep and every seed; the folder 'real' stands for `real`, real pictures
+    of the protocol's own prompts. Killed and called again, it goes on, and ends in the same report.
+    Raises InputError for what is wrong with the input, before a picture is drawn.
     """
     numbers = {"steps": values(steps, int), "guidance": values(guidance, float)}
+    _check_numbers(numbers)
     asked = [_spec(model, numbers, sampler) for model in models]
     weights = values(weight, float) if merge else ()
     if not (asked or merge or folders):
@@ -126,9 +127,15 @@ def _spec(text: str, numbers: Mapping[str, tuple], sampler: str) -> dict[str, An
         spec[key] = value
     if spec["sampler"] not in ("ddim", "dpm"):
         raise InputError(f"--model={text}: the sampler is 'ddim' or 'dpm'")
-    for steps, guidance in itertools.product(spec["steps"], spec["guidance"]):
-        check_numbers(seed=0, steps=steps, guidance=guidance)
+    if spec["which"] not in (None, "student", "ema"):
+        raise InputError(f"--model={text}: which is 'student' or 'ema'")
+    _check_numbers(spec)
     return spec
+
+
+def _check_numbers(numbers: Mapping[str, Any]) -> None:
+    for steps, guidance in itertools.product(numbers["steps"], numbers["guidance"]):
+        check_numbers(seed=0, steps=steps, guidance=guidance)
 
 
 def _is_run(name: str) -> bool:
@@ -148,8 +155,9 @@ def _check(spec: Mapping[str, Any]) -> None:
 def _of_model(spec: Mapping[str, Any], seeds: Sequence[int], batch_size: int) -> Iterator[Source]:
     name = spec["model"]
     if _is_run(name):
-        step, student = student_of(name, step=spec["step"], which=spec["which"])
-        pipeline, name = _pipeline(student), f"{name} ({spec['which'] or 'student'} of step {step})"
+        which = spec["which"] or kept_student(read_run(name, spec["step"], "step")[2])
+        step, student = student_of(name, step=spec["step"], which=which)
+        pipeline, name = _pipeline(student), f"{name} ({which} of step {step})"
     else:
         pipeline = load(name)
     yield from _swept(name, pipeline, spec, seeds, batch_size)

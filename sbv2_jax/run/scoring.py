@@ -19,9 +19,11 @@ _PREFIX = "evaluate"
 
 
 class Measured(NamedTuple):
-    """A protocol, and by which of its figures the best step is chosen, (name in the log, better direction) or None."""
+    """A protocol with its networks, and by which of its figures the best step is chosen, (name in the log, better
+    direction) or None."""
 
     protocol: Protocol
+    networks: Networks
     best: tuple[str, str] | None
 
 
@@ -33,10 +35,9 @@ class Scoring:
     """
 
     def __init__(self, measured: Measured, seed: int, painter: Painter, cache: Path):
-        protocol, self.best = measured
-        self._protocol, self._seed, self._painter = protocol, seed, painter
-        self._networks = Networks(protocol.panels)
-        self._columns = Columns(protocol, self._networks, cache)
+        self._protocol, self._networks, self.best = measured
+        self._seed, self._painter = seed, painter
+        self._columns = Columns(self._protocol, self._networks, cache)
 
     def measure(self, state: TrainState) -> dict[str, float]:
         """Returns the figures of the student, averaged where the run keeps an average, in every process."""
@@ -58,9 +59,9 @@ class Scoring:
 
 
 def open_protocol(config: ConfigDict) -> Measured:
-    """Returns the protocol of `config.evaluate`.
+    """Opens the protocol of `config.evaluate` and its networks: what is missing is missed before the first step.
 
-    Raises InputError where it cannot be made, and for a `best` that is none of its figures.
+    Raises InputError where one of them cannot be had, and for a `best` that is none of its figures.
     """
     values = config.evaluate
     make = imported(values.protocol, "config.evaluate.protocol")
@@ -69,13 +70,16 @@ def open_protocol(config: ConfigDict) -> Measured:
             f"config.evaluate.protocol: {values.protocol} is no function of count= that returns a Protocol"
         )
     protocol = make(count=values.count)
-    if not values.best:
-        return Measured(protocol, None)
+    best = _best(protocol, values.best) if values.best else None
+    return Measured(protocol, Networks(protocol.panels), best)
+
+
+def _best(protocol: Protocol, name: str) -> tuple[str, str]:
     better = {
         f"{_PREFIX}/{label}/{name}": direction
         for (label, name), direction in protocol.better().items()
         if direction is not None
     }
-    if values.best not in better:
-        raise InputError(f"config.evaluate.best = {values.best!r} is none of {listed(list(better), ', ')}")
-    return Measured(protocol, (values.best, better[values.best]))
+    if name not in better:
+        raise InputError(f"config.evaluate.best = {name!r} is none of {listed(list(better), ', ')}")
+    return name, better[name]

@@ -8,7 +8,8 @@ from tiny_pipeline import write_pipeline
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sbv2_jax.convert.formats.component import load_component
-from sbv2_jax.evaluate.clip_score import clip_score
+from sbv2_jax.evaluate.extractors.image_text import image_text
+from sbv2_jax.evaluate.metrics import METRICS
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.tokenizer import load_tokenizer
 
@@ -28,12 +29,12 @@ def test_clip_score_is_the_mean_cosine_of_transformers(tmp_path, rng):
         out = clip(input_ids=ids, pixel_values=pixels.pixel_values)
     expected = float((out.image_embeds * out.text_embeds).sum(-1).mean())
 
-    score = clip_score(
+    ours = image_text(
         load_component(path / "clip"),
         load_tokenizer(path / "tokenizer"),
         CLIPImageConfig(size=32, crop_size=32),
-        pictures,
-        captions,
     )
+    similarity = ours.similarity(pictures, captions)
+    score = METRICS["clip_score"].measure(similarity=similarity)["clip_score"]
     assert abs(expected) > 1e-3
     assert measured(abs(score - expected)) < 1e-6

@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from scipy import linalg
 from their_judges import cleanfid, random_inception
-from tiny_pipeline import write_world
+from tiny_pipeline import write_pipeline, write_world
 
+from sbv2_jax.convert.formats.component import load_component
+from sbv2_jax.convert.formats.pipeline import save_pipeline
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.convert.inception import convert
 from sbv2_jax.errors import InputError
@@ -198,21 +200,28 @@ def test_a_picture_depends_on_its_prompt_row_and_seed_alone(coco):
 
 
 def test_merges_begin_and_end_with_their_models(coco, tmp_path):
-    from tiny_pipeline import write_pipeline
-
-    other = write_pipeline(tmp_path, seed=4)
-    pair = evaluation._pair(f"{coco}/pipeline,{other}")
+    """Two UNets in one pipeline, for what is around the first one is around all merges."""
+    ours, other = coco / "pipeline", tmp_path / "other"
+    unet = load_component(write_pipeline(tmp_path / "made", seed=4) / "unet")
+    save_pipeline(other, base=ours, unet=unet)
     spec = {"steps": (1,), "guidance": (1.0,), "sampler": "dpm"}
+    pair = evaluation._pair(f"{ours},{other}")
     found = list(evaluation._of_merges(pair, evaluation.values("0:1:0.5", float), spec, [0], 4))
     assert [one.settings["weight"] for one in found] == [0.0, 0.5, 1.0]
     texts = ["a red apple", "a dog", "an apple", "red"]
-    drawn = [np.stack(one.draw(range(4), texts)).astype(int) for one in found]
-    for merge, model in ((drawn[0], other), (drawn[2], coco / "pipeline")):
-        (alone,) = evaluation._of_model({"model": str(model), "step": None, "which": None, **spec}, [0], 4)
-        # the other's text tower and autoencoder are not merged: those of the first draw
-        if model != other:
-            assert np.abs(merge - np.stack(alone.draw(range(4), texts)).astype(int)).max() <= 1
-    assert len({one.tobytes() for one in drawn}) == 3
+
+    def drawn(source):
+        return np.stack(source.draw(range(4), texts)).astype(int)
+
+    alone = {}
+    for model in (other, ours):
+        (alone[model],) = evaluation._of_model(
+            {"model": str(model), "step": None, "which": None, **spec}, [0], 4
+        )
+    assert np.abs(drawn(found[0]) - drawn(alone[other])).max() <= 1
+    assert np.abs(drawn(found[2]) - drawn(alone[ours])).max() <= 1
+    for end in (found[0], found[2]):
+        assert np.abs(drawn(found[1]) - drawn(end)).max() > 5
 
 
 @pytest.mark.parametrize(
@@ -245,6 +254,9 @@ def test_ranges_that_are_none_are_refused(text):
         (("--model={}/pipeline,sampler=euler",), "the sampler is 'ddim' or 'dpm'"),
         (("--model={}/pipeline,steps=0",), "steps=0: a whole number >= 1 is expected"),
         (("--merge={}/pipeline",), "two models are expected"),
+        (("--merge={0}/pipeline,{0}/pipeline", "--steps=0"), "steps=0: a whole number >= 1 is expected"),
+        (("--model={}/pipeline", "--weight=0.5"), "--weight is of a --merge"),
+        (("--model={}/pipeline", "--images=2", "--split=test"), "does not take --images, --split"),
         (("--pictures={}/val2014",), "holds 20 pictures, and the protocol has 150 prompts"),
         (("--pictures=real",), "has no real pictures of its prompts"),
         (("--model={}/pipeline", "--real={}/none"), "/none does not exist"),

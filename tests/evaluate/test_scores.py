@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import measured
+from drawn_prompts import intervals_of
 from torch_metrics import InceptionScore as TheirScore
 
 from sbv2_jax.errors import InputError
-from sbv2_jax.evaluate.intervals import intervals
 from sbv2_jax.evaluate.metrics import METRICS
 from sbv2_jax.evaluate.metrics.hpsv2 import HPSv2
 from sbv2_jax.evaluate.metrics.inception_score import InceptionScore
@@ -92,7 +92,7 @@ def test_hpsv2_of_each_style_is_the_mean_of_its_pictures(rng):
     for counts, value in zip(weights, again, strict=True):
         rows = [row for row in np.repeat(np.arange(60), counts) if styles[row] == "photo"]
         assert value == pytest.approx(100 * cosines[rows].mean(), rel=1e-12)
-    found = intervals(metric, {"similarity": cosines}, resamples=200)["hpsv2, anime"]
+    found = intervals_of(metric, {"similarity": cosines}, resamples=200)["hpsv2, anime"]
     assert found.low < found.value < found.high
     with pytest.raises(InputError, match="60 styles for 59 pictures"):
         metric.measure(similarity=cosines[1:])

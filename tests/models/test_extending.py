@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from documented import block
+from drawn_prompts import differences_of, intervals_of
 from safetensors.numpy import save_file
 
 from sbv2_jax.convert.formats.component import load_component, save_component
 from sbv2_jax.errors import InputError
-from sbv2_jax.evaluate.intervals import differences, intervals
 from sbv2_jax.models import registry
 from sbv2_jax.tree import require_same
 
@@ -27,11 +27,11 @@ def test_a_metric_is_a_class_and_a_line(rng):
     (added,) = eval(compile(ast.parse(f"({line})", mode="eval"), "line", "eval"), space)
     fake = rng.standard_normal((500, 7)) * 3 + 100
     columns = {"fake": fake, "prompts": np.repeat(np.arange(100), 5), "real": fake[:9]}
-    found = intervals(added, columns, resamples=100)[added.name]
+    found = intervals_of(added, columns, resamples=100)[added.name]
     assert found.value == pytest.approx(np.cov(fake.T, ddof=0).trace(), rel=1e-10)
     assert found.low < found.value < found.high < 1.2 * found.value
     assert added.measure(fake=np.ones((9, 4))) == {"spread": 0}
-    wider = differences(added, columns | {"fake": 1.5 * fake}, columns, resamples=100)["spread"]
+    wider = differences_of(added, columns | {"fake": 1.5 * fake}, columns, resamples=100)["spread"]
     assert wider.value == pytest.approx(1.25 * found.value) and wider.low > 0
 
 

@@ -51,11 +51,14 @@ def test_drawings_that_training_never_shows_are_not_asked_for(rng):
     assert "drawing" not in found and found["background"] > 0.9
 
 
-def test_each_network_has_a_classifier_of_its_own():
-    protocol = openmoji(count=4)
-    facts = [metric for _, metric in protocol.metrics() if metric.name == "facts"]
-    assert len(facts) == len(protocol.panels) == 2 and facts[0] is not facts[1]
-    assert facts[0]._fitted is not facts[1]._fitted
+def test_one_metric_reads_the_features_of_two_networks(rng):
+    """Each classifier is of the network whose features are given."""
+    train_scenes, train = made(rng, 4000)
+    shown, fake = made(rng, 200)
+    metric = Facts(scenes=shown, train_scenes=train_scenes)
+    mixing = rng.normal(size=(train.shape[1], 30)).astype(np.float32)
+    for matrix in (np.eye(train.shape[1], dtype=np.float32), mixing):
+        assert min(metric.measure(fake=fake @ matrix, train=train @ matrix).values()) > 0.9
 
 
 def test_prompts_real_pictures_and_training_pictures_are_of_different_draws():

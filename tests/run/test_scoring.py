@@ -17,10 +17,13 @@ pytestmark = pytest.mark.slow
 
 # A protocol with a network of random weights, whose figures fall and rise with the student's colours.
 PROTOCOL = """
+import dataclasses
+
 import numpy as np
 import jax.numpy as jnp
 
 from sbv2_jax.evaluate.extractors.extractor import Extractor
+from sbv2_jax.evaluate.extractors.networks import open_inception
 from sbv2_jax.evaluate.extractors.program import Program
 from sbv2_jax.evaluate.metrics import METRICS
 from sbv2_jax.evaluate.pictures import Made
@@ -47,6 +50,12 @@ def protocol(count):
         prepare=lambda picture: picture, prepared="as they are",
         real=Made("noise", count, lambda i: np.random.default_rng(i).integers(0, 256, (32, 32, 3)).astype(np.uint8)),
     )
+
+
+def without_weights(count):
+    whole = protocol(count)
+    judge = dataclasses.replace(whole.panels[0], open=lambda: open_inception("/nowhere/inception"))
+    return dataclasses.replace(whole, panels=(judge,))
 """
 FIGURE = "evaluate/tiny/KID"
 
@@ -125,6 +134,7 @@ def test_a_run_that_goes_on_keeps_the_best_step_of_before(world, measured, tmp_p
         ({"evaluate.protocol": ""}, "needs config.evaluate.protocol"),
         ({"evaluate.protocol": "{}/tiny.py:extractor"}, "is no function of count="),
         ({"evaluate.protocol": "{}/none.py:protocol"}, "no file"),
+        ({"evaluate.protocol": "{}/tiny.py:without_weights"}, "/nowhere/inception does not exist"),
         (
             {"evaluate.best": "", "evaluate.export": "best"},
             "needs config.evaluate.every and config.evaluate.best",

@@ -5,7 +5,6 @@ same shapes, the base; so do the networks that the file does not have.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from sbv2_jax.convert.formats.names import to_ours, torch_names
 from sbv2_jax.convert.formats.pipeline_directory import open_pipeline, write_pipeline
 from sbv2_jax.convert.formats.published_shapes import torch_shape
 from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo, read_header, read_tensors
+from sbv2_jax.devices.cache import user_cache
 from sbv2_jax.diffusion.schedule import PREDICTION_TYPES, ScheduleConfig
 from sbv2_jax.errors import InputError, listed
 from sbv2_jax.models import published
@@ -121,7 +121,7 @@ def directory_of(file: str | Path, base: Path | None = None, like: UNetConfig | 
     directory = None if base is None else open_pipeline(base).directory.resolve()
     state = None if directory is None else (directory / "model_index.json").stat().st_mtime_ns
     key = f"{file.resolve()} {found.st_size} {found.st_mtime_ns} {directory} {state} {like}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sbv2_jax" / "single_file"
+    cache = user_cache() / "single_file"
     out = cache / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not out.is_dir():
         logging.warning("%s is converted once, into %s", file, out)
