@@ -8,7 +8,6 @@ import conftest  # noqa: F401  (its settings of JAX)
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny_world import fast_jit
 from toy_world import LATENTS, Toy
 
 from sbv2_jax.devices.sharding import batch_sharding, make_mesh
@@ -49,18 +48,18 @@ def main() -> None:
     found = {}
     for name, function in {"gradient": gradient, "pictures": pictures}.items():
         inputs = (noise.z, text, noise.terms["vsd"])
-        one = fast_jit(function)(*inputs)
+        one = jax.jit(function)(*inputs)
         split = jax.device_put(inputs, batch_sharding(mesh))
-        program = fast_jit(function, out_shardings=batch_sharding(mesh)).lower(*split).compile()
+        program = jax.jit(function, out_shardings=batch_sharding(mesh)).lower(*split).compile()
         kinds = r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\("
         found[name] = {
             "collectives": [match[0] for match in re.finditer(kinds, program.as_text())],
             "error": float(np.abs(program(*split) - one).max() / np.abs(one).max()),
         }
         with mock.patch.multiple(samplers, **BEHIND), mock.patch.multiple(vsd_file, **BEHIND):
-            behind = fast_jit(lambda *inputs: function(*inputs))  # noqa: B023 (traced here)
+            behind = jax.jit(lambda *inputs: function(*inputs))  # noqa: B023 (traced here)
             found[name]["same"] = bool(np.array_equal(behind(*inputs), one))
-            program = fast_jit(lambda *inputs: function(*inputs), out_shardings=batch_sharding(mesh))  # noqa: B023
+            program = jax.jit(lambda *inputs: function(*inputs), out_shardings=batch_sharding(mesh))  # noqa: B023
             moved = re.findall(kinds, program.lower(*split).compile().as_text())
             found[name]["behind"] = len(moved)
     print(json.dumps(found))

@@ -4,12 +4,12 @@ import functools
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 from conftest import relative_error
 from diffusers import StableDiffusionPipeline as TorchPipeline
 from diffusers import UNet2DConditionModel as TorchUNet
 from parity import nchw
-from tiny_world import fast_jit
 
 import sbv2_jax
 from sbv2_jax.convert.formats.names import params_from_torch
@@ -26,7 +26,7 @@ def drawn_by(pipe: TorchPipeline, noise: np.ndarray) -> np.ndarray:
 
 def drawn_by_us(directory: Path, noise: np.ndarray) -> np.ndarray:
     model = sbv2_jax.load(directory)
-    draw = fast_jit(functools.partial(sbv2_jax.generate, model.generator))
+    draw = jax.jit(functools.partial(sbv2_jax.generate, model.generator))
     ids, null = model.tokenizer.encode(PROMPTS), model.tokenizer.encode([""])[0]
     return np.asarray(draw(model.params, ids, null, noise))
 

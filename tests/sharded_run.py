@@ -47,7 +47,7 @@ class Sharded:
         columns = dict.fromkeys(world.batch, layout.placement.batch)
         columns[FRESH] = layout.placement.batches
         placement = (layout.state, layout.frozen, columns)
-        step = tiny_world.fast_jit(
+        step = jax.jit(
             make_train_step(method, layout.placement),
             in_shardings=placement,
             out_shardings=(placement[0], None),

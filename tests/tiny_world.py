@@ -1,7 +1,6 @@
 """A complete distillation in miniature: random networks of every kind that a step uses, without PyTorch."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -109,12 +108,6 @@ CONFIG = {
 }
 
 
-def fast_jit(function: Callable, **kwargs: Any) -> Callable:
-    """Returns the function jitted so that it compiles fast: networks of this size run in no time anyhow."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return jax.jit(function, compiler_options=options, **kwargs)
-
-
 def random_params(model: Network, seed: int) -> Params:
     """Draws every parameter so that all of them matter: biases, scales and the LoRA's `up` as well."""
     rng = np.random.default_rng(seed)
@@ -193,7 +186,7 @@ def make_world(
     text_params = random_params(text_encoder, 1)
     latents = run.method.latent_shape
     empty = EMPTY_XL[0] if xl else EMPTY[0]
-    null_text = fast_jit(lambda params: text_encoder.null(params, empty, latents))(text_params)
+    null_text = jax.jit(lambda params: text_encoder.null(params, empty, latents))(text_params)
     frozen = {"teacher": teacher, "text_encoder": text_params, "null_text": null_text}
     frozen |= {"student": student_base} if run.lora_student else {}
     for seed, name in enumerate(("decoder", "clip"), 4):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tiny_world import fast_jit
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
 from sbv2_jax.distill.gradients import FRESH, fresh_inputs
@@ -113,7 +112,7 @@ class Toy:
 
     def train_step(self, jit: dict | None = None, **changes):
         """Returns the jitted step, with the method `changed` so, and arguments for `jax.jit`."""
-        return fast_jit(make_train_step(changed(self.method, **changes)), **(jit or {}))
+        return jax.jit(make_train_step(changed(self.method, **changes)), **(jit or {}))
 
 
 def drawn_afresh(step, number, *, count, batch_size=BATCH, seed=0):
@@ -121,8 +120,8 @@ def drawn_afresh(step, number, *, count, batch_size=BATCH, seed=0):
     toy = Toy(latent_shape=(2, 2, 1))
     method, ids = toy.method, np.zeros((batch_size, 3), np.int32)
     key = jax.random.key_data(jax.random.key(seed))
-    keys = fast_jit(keys_of_updates, static_argnums=2)(key, step, count)
-    fresh = fast_jit(lambda key: fresh_inputs(method, method.players["score"], key, toy.frozen, ids))
+    keys = jax.jit(keys_of_updates, static_argnums=2)(key, step, count)
+    fresh = jax.jit(lambda key: fresh_inputs(method, method.players["score"], key, toy.frozen, ids))
     z, _, noise = fresh(keys[number])
     return z, noise
 

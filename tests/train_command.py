@@ -35,9 +35,7 @@ def command(world: Path, workdir: Path, *flags: str, **changes: object) -> list[
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    # Networks of this size run in no time, however badly they are compiled.
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "XLA_FLAGS": flags}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -25,9 +25,13 @@ _MESSAGE_BYTES = 1000
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # Where a process that fails says so: the exit code and one line, under its number.
 _FAILED = "sbv2_jax/failed/"
+# Where a process says, with its last breath, that it needs the service of process 0 no longer.
+_GONE = "sbv2_jax/gone/"
 _POLL_SECONDS = 0.25
 # So long a process may take to fail by itself of what failed another, before it is ended.
 _GRACE_SECONDS = 3.0
+# So long process 0 waits beyond that for the others to go: on a busy machine they learn late.
+_FAREWELL_SECONDS = 10.0
 # Set where all processes raise what one has met: each then closes what it holds, in its own time.
 _agreed = threading.Event()
 
@@ -100,7 +104,7 @@ def ending_together() -> Iterator[None]:
         yield
     except BaseException as error:
         expected = isinstance(error, InputError | OSError)
-        if not expected and said | _failures(distributed.global_state.client):
+        if not expected and said | _said(distributed.global_state.client, _FAILED):
             time.sleep(
                 2 * _GRACE_SECONDS
             )  # what JAX makes of a peer that has gone says less: the thread says more
@@ -118,27 +122,44 @@ def end(code: int, message: str) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     if jax.process_count() > 1:
         _tell(code, message)
-        if jax.process_index() == 0:
-            time.sleep(
-                _GRACE_SECONDS + 4 * _POLL_SECONDS
-            )  # with it ends the service by which the others learn
+        _leave(_GRACE_SECONDS + _FAREWELL_SECONDS)
     os._exit(code)
 
 
 def _tell(code: int, message: str) -> str:
     """Says to all processes how this one fails, and returns it."""
     said = f"{code} {' '.join(message.split())[:_MESSAGE_BYTES]}"
-    with contextlib.suppress(Exception):  # the service may be what has failed
-        distributed.global_state.client.key_value_set(
-            f"{_FAILED}{jax.process_index()}", said, allow_overwrite=True
-        )
+    _set(_FAILED, said)
     return said
 
 
-def _failures(client: Any) -> dict[int, str]:
-    """Returns what the processes that fail have said, by their numbers."""
+def _leave(patience: float) -> None:
+    """Says that this process ends; process 0 waits first for the others, since with it ends JAX's service.
+
+    A process that still asks that service when it goes is aborted by JAX, with a code that is nobody's.
+    """
+    if jax.process_index() != 0:
+        _set(_GONE, "gone")
+        return
+    deadline = time.monotonic() + patience
+    client, others = distributed.global_state.client, jax.process_count() - 1
+    while len(_said(client, _GONE)) < others and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    time.sleep(_POLL_SECONDS)  # between its last word and its end
+
+
+def _set(directory: str, text: str) -> None:
+    """Says something to all processes, under this one's number."""
+    with contextlib.suppress(Exception):  # the service may be what has failed
+        distributed.global_state.client.key_value_set(
+            f"{directory}{jax.process_index()}", text, allow_overwrite=True
+        )
+
+
+def _said(client: Any, directory: str) -> dict[int, str]:
+    """Returns what the processes have said there, by their numbers."""
     with contextlib.suppress(Exception):
-        return {int(key.rpartition("/")[2]): line for key, line in client.key_value_dir_get(_FAILED)}
+        return {int(key.rpartition("/")[2]): line for key, line in client.key_value_dir_get(directory)}
     return {}
 
 
@@ -149,20 +170,19 @@ def _watch(finished: threading.Event, said: dict[int, str]) -> None:
     """
     client, own, count = distributed.global_state.client, jax.process_index(), jax.process_count()
     while not said:
-        said |= _failures(client)
+        said |= _said(client, _FAILED)
         if finished.wait(_POLL_SECONDS):
             return
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline:
-        said |= _failures(client)
+        said |= _said(client, _FAILED)
         if len(said) == count or _agreed.is_set() or finished.wait(_POLL_SECONDS):
             return
     first = own if own in said else min(said)
     code, _, line = said[first].partition(" ")
     if first != own:
         print(f"error: process {first}: {line}", file=sys.stderr, flush=True)
-    if own == 0:
-        time.sleep(4 * _POLL_SECONDS)  # with it ends the service by which the others learn
+    _leave(_FAREWELL_SECONDS)
     os._exit(int(code))
 
 

@@ -105,7 +105,7 @@ def start(script: str, *arguments, devices: int = 1) -> subprocess.Popen:
     """Starts a Python process that sees this module as `t`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(str(parent) for parent in Path(__file__).parents[:3]),
     }
     command = [sys.executable, "-c", "import test_checkpoint as t\n" + script, *map(str, arguments)]

@@ -9,7 +9,6 @@ import optax
 import pytest
 import toy_world
 from conftest import relative_error
-from tiny_world import fast_jit
 from toy_world import BATCH, Toy, changed, drawn_afresh
 
 from sbv2_jax.distill.gradients import (
@@ -54,7 +53,7 @@ def test_several_score_updates_are_each_on_fresh_noise_prompts_and_samples(toy):
     method = changed(toy.method, score__updates=3)
     player = method.players["score"]
 
-    @fast_jit
+    @jax.jit
     def one_after_the_other(state):
         own, others = random_numbers(method, state.key, 0, BATCH)
         conditions = encode(method, toy.frozen, toy.batch)

@@ -28,7 +28,6 @@ def test_a_term_outside_the_package_trains_saves_resumes_and_exports(tmp_path):
     own = tmp_path / "colour.py"
     own.write_text(COLOUR)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    flags += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     done = subprocess.run(
         [sys.executable, TESTS / "own_term_run.py"],
         input=json.dumps({"world": str(tmp_path), "term": f"{own}:Colour"}),

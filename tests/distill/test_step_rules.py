@@ -11,7 +11,6 @@ import torch
 import toy_world
 from conftest import relative_error
 from diffusers.training_utils import EMAModel
-from tiny_world import fast_jit
 from toy_world import BATCH, Toy, changed, drawn_afresh
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
@@ -57,7 +56,7 @@ def trained(state):
 def draw(batch_size=BATCH, step=0, seed=0, **changes):
     method = changed(Toy().method, latent_shape=(2, 2, 1), **changes)
     key = jax.random.key_data(jax.random.key(seed))
-    student, followers = fast_jit(lambda key, step: random_numbers(method, key, step, batch_size))(key, step)
+    student, followers = jax.jit(lambda key, step: random_numbers(method, key, step, batch_size))(key, step)
     return student.z, student.terms["vsd"], followers["score"]
 
 
@@ -166,7 +165,7 @@ def test_clip_weight_falls_linearly_to_nothing(toy):
     noise, _ = random_numbers(method, toy.init().key, 0, BATCH)
     conditions = encode(method, toy.frozen, toy.batch)
 
-    @fast_jit
+    @jax.jit
     def gradient(step):
         state = dataclasses.replace(toy.init(), step=step)
         return student_gradient(method, state, toy.frozen, conditions, noise)[0]
@@ -298,7 +297,7 @@ def test_a_student_of_gaussians_learns_the_teachers_means_and_deviation(weightin
     ids = jnp.arange(64).reshape(64, 1) % 2
     batch = {"input_ids": ids, FRESH: ids[None]}
     step = make_train_step(method)
-    train = fast_jit(lambda state: jax.lax.scan(lambda s, _: step(s, frozen, batch), state, length=600))
+    train = jax.jit(lambda state: jax.lax.scan(lambda s, _: step(s, frozen, batch), state, length=600))
     state, metrics = train(state)
     means = jnp.array([[-1.0, 1.0], [2.0, 1.0]]) @ state.student["shift"]
     np.testing.assert_allclose(means, [-1.0, 2.0], atol=0.15)

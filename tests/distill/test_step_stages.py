@@ -38,11 +38,11 @@ def direction_inputs():
     for prediction in ("epsilon", "v_prediction"):
         world = tiny_world.make_world(teacher_prediction=prediction)
         worlds[prediction] = world
-    score = Compiled(tiny_world.fast_jit(worlds["epsilon"].run.method.players["score"].network.apply))
+    score = Compiled(jax.jit(worlds["epsilon"].run.method.players["score"].network.apply))
     world = worlds["epsilon"]
     key = world.init().key
     student, _ = random_numbers(world.run.method, key, 0, tiny_world.BATCH)
-    encoded = tiny_world.fast_jit(functools.partial(encode, world.run.method))(world.frozen, world.batch)
+    encoded = jax.jit(functools.partial(encode, world.run.method))(world.frozen, world.batch)
     return worlds, score, student, encoded.text
 
 
@@ -112,7 +112,7 @@ def test_clip_gradient_through_the_decoder_equals_autograd(decoder, size, rng):
         conditions, prepared = encode(method, frozen, batch), {"vsd": jnp.zeros_like(x)}
         return pull(method, jnp.int32(0), {}, frozen, x, conditions, {}, prepared)
 
-    gradient, metrics = tiny_world.fast_jit(stage)(world.frozen, world.batch, x)
+    gradient, metrics = jax.jit(stage)(world.frozen, world.batch, x)
     assert relative_error(gradient, theirs.grad.permute(0, 2, 3, 1)) < BOUND
     assert metrics["loss/clip"] == pytest.approx(torch.relu(tau - cosines).mean().item(), rel=1e-4)
     assert metrics["clip/cosine"] == pytest.approx(cosines.mean().item(), rel=1e-4)
@@ -139,7 +139,7 @@ def test_null_prompts_are_those_of_their_own_samples():
         grads, metrics = compiled(batch, noise)
         return grads | {"loss": metrics["loss/score"]}
 
-    compiled = tiny_world.fast_jit(stage)
+    compiled = jax.jit(stage)
     ids = world.batch["input_ids"]
     dropped = [True, False, False, True]
     got = gradient(world.batch, dropped)

@@ -112,7 +112,7 @@ def drawer(world: World) -> Callable:
     method, batch, frozen = world.run.method, world.config.batch_size, world.frozen
     prompts = world.batch.get(FRESH, np.zeros((0, *world.batch["input_ids"].shape), np.int32))
 
-    @tiny_world.fast_jit
+    @jax.jit
     def draw(key, step):
         keys = keys_of_updates(key, step, len(prompts))
         inputs = [
@@ -161,7 +161,7 @@ def both(request) -> Both:
     ids, draws = torch_ids(world), drawer(world)
     tau, cosines, clip_over_vsd = balance(reference, ids, draws(state.key, 0)[0])
     reference.method.tau = tau
-    step = tiny_world.fast_jit(make_train_step(changed(method, clip__tau=tau)))
+    step = jax.jit(make_train_step(changed(method, clip__tau=tau)))
     states, ours, theirs = [state], [as_torch(state)], []
     for index in range(STEPS):
         state, metrics = step(state, world.frozen, world.batch)

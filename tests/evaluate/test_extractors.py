@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -231,7 +232,8 @@ def test_four_devices_of_one_process_or_two_compute_what_one_does(tmp_path, rng,
     write_dinov2(tmp_path / "net")
     pictures = scenes(rng, 6, 64, 64)
     np.save(tmp_path / "in.npy", pictures)
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={4 // count}")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={4 // count}"
+    monkeypatch.setenv("XLA_FLAGS", flags)
     given = (tmp_path / "net", tmp_path / "in.npy", tmp_path, free_port(), count)
     started = [
         subprocess.Popen([sys.executable, "-c", SHARDED, *map(str, (*given, index))])

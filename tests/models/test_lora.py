@@ -45,7 +45,7 @@ def unet(targets: str | None = None, rank: int = RANK) -> Network:
 @pytest.fixture(scope="module")
 def plain():
     network = unet()
-    return network, tiny_world.fast_jit(network.apply)
+    return network, jax.jit(network.apply)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def adapted():
     """The network with a LoRA, its compiled call by (parameters, inputs, scale), its base and its LoRA."""
     network = unet(TARGETS)
     base, factors = lora.base_and_factors(tiny_world.random_params(network, 0))
-    call = tiny_world.fast_jit(lambda params, inputs, scale: network.apply(params, *inputs, lora_scale=scale))
+    call = jax.jit(lambda params, inputs, scale: network.apply(params, *inputs, lora_scale=scale))
     return network, call, base, factors
 
 

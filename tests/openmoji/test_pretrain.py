@@ -321,7 +321,7 @@ def test_a_stage_that_has_diverged_ends_and_keeps_its_checkpoints(tmp_path):
 
 def started(workdir: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "launch/pretrain.py", "--config=configs/openmoji_teacher.py:runlocal"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
