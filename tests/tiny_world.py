@@ -170,7 +170,8 @@ def make_world(
 ) -> World:
     """Returns a world whose configuration is CONFIG with these changes, all weights drawn at random.
 
-    The student starts from other weights than the teacher's. A `clip.weight` brings the CLIP loss. With `xl` the
+    The student starts from other weights than the teacher's. A `clip.weight` brings the CLIP loss, a `reward.weight`
+    the reward's, of the same CLIP where both are there. With `xl` the
     world is one of SDXL, with UNET_XL, whose null condition is zeros if `zero_null`.
     """
     config = default_config()
@@ -189,7 +190,7 @@ def make_world(
     null_text = jax.jit(lambda params: text_encoder.null(params, empty, latents))(text_params)
     frozen = {"teacher": teacher, "text_encoder": text_params, "null_text": null_text}
     frozen |= {"student": student_base} if run.lora_student else {}
-    for seed, name in enumerate(("decoder", "clip"), 4):
+    for name, seed in {"decoder": 4, "clip": 5, "reward": 5}.items():
         if name in parts.networks:
             frozen[name] = random_params(network(parts.networks[name].config), seed)
     rng = np.random.default_rng(7)
@@ -206,7 +207,7 @@ def make_world(
         frozen=frozen,
         student=student_lora if run.lora_student else student_base,
         score=score,
-        batch={"input_ids": ids} | ({"clip_input_ids": clip_ids} if parts.networks else {}) | fresh,
+        batch={"input_ids": ids} | dict.fromkeys(run.method.columns, clip_ids) | fresh,
     )
 
 
@@ -216,14 +217,12 @@ def _parts(config: ConfigDict, unet: dict, student_prediction: str, teacher_pred
 
     vae, tiny = part(VAEConfig, KL_VAE), part(TinyVAEConfig, TINY_VAE)
     networks, side = {}, VISION["image_size"]
-    if config.clip.weight > 0:
-        config.clip.model = "drawn at random"
-        networks = {
-            "decoder": {"vae": vae, "vae_tiny": tiny}[config.clip.decoder],
-            "clip": dataclasses.replace(
-                part(CLIPConfig, CLIP), image=CLIPImageConfig(size=side, crop_size=side)
-            ),
-        }
+    for name in ("clip", "reward"):
+        if config[name].weight > 0:
+            config[name].model = "drawn at random"
+            image = CLIPImageConfig(size=side, crop_size=side)
+            networks["decoder"] = {"vae": vae, "vae_tiny": tiny}[config.clip.decoder]
+            networks[name] = dataclasses.replace(part(CLIPConfig, CLIP), image=image)
     return Parts(
         teacher=part(UNetConfig, unet),
         teacher_schedule=ScheduleConfig(**SCHEDULE, prediction_type=teacher_prediction),

@@ -144,7 +144,7 @@ def _network(source: Source, pipeline: PipelineParts) -> Part:
 
 
 def _published_network(source: Source, vae: Part) -> Part:
-    if source.folder == "clip":
+    if source.field == "config.clip.model":
         clip = CLIPConfig.from_dict(published.CLIP_VIT_B32)
         return Part(config=clip, directory=None, image=CLIPImageConfig())
     if source.folder == "vae" or source.reference == "vae":

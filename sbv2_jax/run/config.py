@@ -75,6 +75,7 @@ def shrink(config: ConfigDict) -> None:
     config.clip.model = "bundled" if config.clip.model else ""
     config.clip.decoder = "vae_tiny"
     config.optimizer.warmup = 0
+    config.reward.model = "bundled" if config.reward.model else ""
     config.clip.passes = 1
     config.mesh.update(replica=1, data=-1, fsdp=1)
     config.checkpoint.every = 5
@@ -97,7 +98,7 @@ def may_change(config: ConfigDict) -> tuple[str, ...]:
 
     The number of steps is one of them where neither a learning rate nor a weight falls towards the last.
     """
-    falls = config.optimizer.schedule == "cosine" or config.clip.weight > 0
+    falls = config.optimizer.schedule == "cosine" or config.clip.weight > 0 or config.reward.weight > 0
     return _MAY_CHANGE if falls else ("steps", *_MAY_CHANGE)
 
 
@@ -142,20 +143,27 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
         vsd.t_min >= vsd.t_max,
         f"config.vsd.t_min = {vsd.t_min} must be below config.vsd.t_max = {vsd.t_max}",
     )
+    for name in ("clip", "reward"):
+        own = config[name]
+        yield (
+            own.weight > 0 and not own.model,
+            f"config.{name}.weight = {own.weight:g} needs a config.{name}.model",
+        )
+        yield (
+            own.weight > 0 and name not in config.terms,
+            f"config.{name}.weight = {own.weight:g} needs {name!r} in config.terms",
+        )
+    weighted = [name for name in ("vsd", "clip", "reward") if name in config.terms]
     yield (
-        clip.weight > 0 and not clip.model,
-        f"config.clip.weight = {clip.weight:g} needs a config.clip.model",
-    )
-    yield (
-        vsd.weight == 0 and clip.weight == 0 and set(config.terms) <= {"vsd", "clip"},
-        "config.vsd.weight and config.clip.weight are both 0: nothing trains the student",
+        set(config.terms) == set(weighted) and not any(config[name].weight for name in weighted),
+        f"{' and '.join(f'config.{name}.weight' for name in weighted)} are 0: nothing trains the student",
     )
     yield (
         config.student.lora.init != "" and config.student.mode != "lora",
         f"config.student.lora.init = {config.student.lora.init!r} needs config.student.mode = 'lora'",
     )
     yield (
-        clip.model != ""
+        (clip.model != "" or config.reward.model != "")
         and config.batch_size % (config.accumulate * planned_devices(config) * clip.passes) != 0,
         f"config.clip.passes = {clip.passes} does not divide the {config.batch_size // config.accumulate} images "
         f"of a pass over {planned_devices(config)} device(s)",

@@ -40,7 +40,8 @@ FIELDS: dict[str, Field] = {
     "terms": Field(
         ("vsd", "clip"),
         strings,
-        'The student\'s objective: "vsd", "clip" (where clip.model names one), and any of yours, as '
+        'The student\'s objective: "vsd", "clip" and "reward" (where clip.model, reward.model name one), and any of '
+        "yours, as "
         '"package.module:Class" or "path/file.py:Class" (docs/extending.md).',
     ),
     "student.init": Field(
@@ -117,6 +118,20 @@ FIELDS: dict[str, Field] = {
     ),
     "clip.tau": Field(
         0.35, number(-1, 1), "A sample whose picture and text agree (cosine) by more than this adds nothing."
+    ),
+    "reward.model": Field(
+        "",
+        text(empty=True),
+        "A CLIP fitted to people's choices, such as HPSv2 (of convert.py from-openclip), as for `clip.model`; "
+        '"" for no reward loss. Its pictures are decoded by `clip.decoder`, in `clip.passes`.',
+    ),
+    "reward.weight": Field(
+        0.0, number(0), "Weight of the reward loss at the first step; falls linearly to 0 over the run."
+    ),
+    "reward.tau": Field(
+        0.3,
+        number(-1, 1),
+        "A sample whose reward (cosine) is more than this adds nothing. The paper names none.",
     ),
     "ema": Field(
         0.9999,

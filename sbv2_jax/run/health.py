@@ -32,14 +32,15 @@ class Health:
     def metrics(self, step: int, seconds: float, *, skipped: bool) -> dict[str, float]:
         """Returns the metrics of a step that took so long, without saves and pictures; called once for each.
 
-        `lr/NAME` is the rate of the (first) update of the step, `clip/weight` that of the CLIP loss in it,
-        `memory/NAME_gib` what the host, and the fullest device, have had in use at most since the start.
+        `lr/NAME` is the rate of the (first) update of the step, `clip/weight` that of the CLIP loss in it, and so
+        the reward's, `memory/NAME_gib` what the host, and the fullest device, have had in use at most since the start.
         """
         config = self._config
         every = {"student": 1, "score": config.score.updates_per_step}
         found = {f"lr/{name}": float(rate(every[name] * self._updates)) for name, rate in self._rates.items()}
-        if config.clip.model:
-            found["clip/weight"] = config.clip.weight * (1.0 - (step - 1) / config.steps)
+        for name in ("clip", "reward"):
+            if config[name].model:
+                found[f"{name}/weight"] = config[name].weight * (1.0 - (step - 1) / config.steps)
         self._updates += not skipped
         return found | {"seconds_per_step": seconds} | _memory()
 

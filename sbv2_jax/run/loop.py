@@ -134,6 +134,8 @@ def make_ready(
         if jax.process_index() == 0:
             files.remember()
             write_config(workdir / "config.json", config)
+    if jax.process_index() == 0 and first < config.steps:
+        print("compiling: a minute or more the first time, less where it was compiled before", flush=True)
     grid = scoring = None
     if config.sample.every or protocol:
         painter = Painter(run, frozen, tokenizers["input_ids"], layout.mesh)

@@ -21,7 +21,15 @@ from sbv2_jax.fields import field_names, nearest
 from sbv2_jax.run.components import Part, Parts
 
 # The fields that say where a source is; what it is, its digest says.
-PLACES = ("teacher", "student.init", "clip.model", "clip.decoder", "prompts", "prompts_column")
+PLACES = (
+    "teacher",
+    "student.init",
+    "clip.model",
+    "clip.decoder",
+    "reward.model",
+    "prompts",
+    "prompts_column",
+)
 _CACHE = "digests.json"
 # What these say of a tokenizer is in its repr; the rest of them, such as where it came from, changes no token.
 _UNREAD = ("tokenizer_config.json", "special_tokens_map.json")

@@ -159,7 +159,12 @@ def test_a_wrong_type_or_range_names_the_field(name, value, says):
     [
         ({"vsd.t_min": 980}, "config.vsd.t_min = 980 must be below config.vsd.t_max = 980"),
         ({"clip.weight": 0.1}, "config.clip.weight = 0.1 needs a config.clip.model"),
-        ({"vsd.weight": 0.0}, "config.vsd.weight and config.clip.weight are both 0"),
+        ({"reward.weight": 0.1}, "config.reward.weight = 0.1 needs a config.reward.model"),
+        (
+            {"reward.weight": 0.1, "reward.model": "x"},
+            "config.reward.weight = 0.1 needs 'reward' in config.terms",
+        ),
+        ({"vsd.weight": 0.0}, "config.vsd.weight and config.clip.weight are 0: nothing"),
         ({"steps": 5, "optimizer.warmup": 5}, "config.optimizer.warmup = 5 must be below config.steps = 5"),
         ({"sample.prompts": ()}, "config.sample.every = 500 needs config.sample.prompts"),
         ({"accumulate": 3}, "config.batch_size = 64 is not a multiple of config.accumulate"),

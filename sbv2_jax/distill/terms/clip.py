@@ -36,7 +36,8 @@ class ClampedCLIP(Term):
     """The clamped CLIP loss, whose gradient flows through CLIP, the resize and the decoder into the samples.
 
     `image_features(params, pictures)` and `text_features(params, input_ids)` return [B, D]. `start` is its weight at
-    step 0, which falls linearly to nothing over `steps` steps.
+    step 0, which falls linearly to nothing over `steps` steps. The fields of the configuration's group `name` are its
+    own, and the CLIP has that name; the decoder is one for all.
     """
 
     name: ClassVar[str] = "clip"
@@ -52,20 +53,21 @@ class ClampedCLIP(Term):
 
     @classmethod
     def sources(cls, config: ConfigDict) -> dict[str, Source]:
-        """Returns the CLIP and the decoder; nothing without `config.clip.model`."""
-        if not config.clip.model:
+        """Returns the CLIP and the decoder; nothing where the group names no model."""
+        own = config.get(cls.name)
+        if not (own and own.model):
             return {}
         return {
-            "clip": Source(config.clip.model, "clip", "config.clip.model"),
+            cls.name: Source(own.model, "clip", f"config.{cls.name}.model"),
             "decoder": Source(config.clip.decoder, "vae_tiny", "config.clip.decoder"),
         }
 
     @classmethod
     def build(cls, config: ConfigDict, setting: Setting) -> Self | None:
-        """Builds the term of a run; None without `config.clip.model`."""
-        if not config.clip.model:
+        """Builds the term of a run; None where the group names no model."""
+        if not cls.sources(config):
             return None
-        part = setting.parts["clip"]
+        own, part = config[cls.name], setting.parts[cls.name]
         clip, image = network(part.config), part.image
 
         def image_features(params: Params, pictures: jax.Array) -> jax.Array:
@@ -80,8 +82,8 @@ class ClampedCLIP(Term):
             image_features=image_features,
             text_features=text_features,
             steps=config.steps,
-            start=config.clip.weight,
-            tau=config.clip.tau,
+            start=own.weight,
+            tau=own.tau,
             passes=config.clip.passes,
         )
 
@@ -91,12 +93,13 @@ class ClampedCLIP(Term):
 
     def encode(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the features of the prompts, [B, D]."""
-        return self.text_features(frozen["clip"], batch["clip_input_ids"]).astype(jnp.float32)
+        (column,) = self.columns
+        return self.text_features(frozen[self.name], batch[column]).astype(jnp.float32)
 
     def loss(self, given: Given, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss [B] of the decoded samples, the cosines that it is made of, and which are left alone."""
         pictures = self.decode(given.frozen["decoder"], x)
-        features = self.image_features(given.frozen["clip"], pictures).astype(jnp.float32)
+        features = self.image_features(given.frozen[self.name], pictures).astype(jnp.float32)
         cosines = cosine(features, given.encoded)
         metrics = {"cosine": cosines, "clamped": (cosines >= self.tau).astype(jnp.float32)}
         return clamped_clip_loss(features, given.encoded, self.tau), metrics

@@ -15,7 +15,13 @@ from sbv2_jax.models.conditions import Text
 from sbv2_jax.tree import Params
 
 # The terms of the package, by the names that `config.terms` has for them.
-TERMS = {"vsd": "sbv2_jax.distill.terms.vsd:VSD", "clip": "sbv2_jax.distill.terms.clip:ClampedCLIP"}
+TERMS = {
+    "vsd": "sbv2_jax.distill.terms.vsd:VSD",
+    "clip": "sbv2_jax.distill.terms.clip:ClampedCLIP",
+    "reward": "sbv2_jax.distill.terms.reward:ClampedReward",
+}
+# Those of a run whose configuration is older than `config.terms`.
+_FORMER = ("vsd", "clip")
 
 
 class Source(NamedTuple):
@@ -93,10 +99,10 @@ class Term:
 def term_classes(config: ConfigDict) -> list[type[Term]]:
     """Returns the terms that `config.terms` names: of the package, "package.module:Class" or "path/file.py:Class".
 
-    A configuration older than that field has the package's own. Raises InputError for what cannot be imported, is
+    A configuration older than that field has the first two. Raises InputError for what cannot be imported, is
     no term, or has the name of another.
     """
-    found = [_term_class(spec) for spec in config.get("terms", tuple(TERMS))]
+    found = [_term_class(spec) for spec in config.get("terms", _FORMER)]
     names = [term.name for term in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"config.terms has two terms of the name {', '.join(map(repr, twice))}")

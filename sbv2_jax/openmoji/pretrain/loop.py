@@ -100,7 +100,8 @@ def train(stage: Stage, shared: Shared) -> dict[str, np.ndarray]:
     with Preemption() as preemption, checkpoints:
         state, start = _restored_or_new(stage, optimizer, checkpoints)
         if start < settings.steps:
-            print(f"{stage.name}: {settings.steps - start} of {settings.steps} steps to go", flush=True)
+            left = f"{settings.steps - start} of {settings.steps} steps to go"
+            print(f"{stage.name}: {left}; the first compiles them, a minute or two", flush=True)
             state = _advance(stage, shared, step, state, start, checkpoints, preemption)
     return {name: np.asarray(leaf) for name, leaf in state.ema.items()}
 
