@@ -17,9 +17,10 @@ from safetensors.torch import save_file as save_torch
 from tiny_pipeline import write_one_step
 
 from sbv2_jax.convert.formats.component import load_component
+from sbv2_jax.convert.formats.ldm_names import unet_names
 from sbv2_jax.convert.lora.files import layers_of, read_lora, read_loras
 from sbv2_jax.convert.lora.fuse import fuse, fuse_file
-from sbv2_jax.convert.lora.kohya import original_names, spellings
+from sbv2_jax.convert.lora.kohya import spellings
 from sbv2_jax.convert.model import open_model
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.published import ARCHITECTURES
@@ -119,7 +120,7 @@ def test_the_first_names_of_a_unets_layers_are_those_that_diffusers_converts(arc
     layers = layers_of(network(UNetConfig(**{
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     })).shapes)  # fmt: skip
-    originals = original_names(layers)
+    originals = unet_names(layers)
     assert originals.keys() == set(layers) and len(set(originals.values())) == len(layers)
     config = {"layers_per_block": 2, "addition_embed_type": values.get("addition_embed_type")}
     checkpoint = {
@@ -139,7 +140,7 @@ def test_the_first_names_of_a_unets_layers_are_those_that_diffusers_converts(arc
 @pytest.mark.parametrize("spelling", ["kohya's SDXL", "ComfyUI's"])
 def test_the_first_names_are_read_as_diffusers_reads_them(pipeline, trained, layers, tmp_path, spelling):
     path, _ = trained
-    originals = original_names(layers)
+    originals = unet_names(layers)
     # diffusers takes this one for an attention: SDXL has no level that upsamples and does not attend
     originals.pop("up_blocks.0.upsamplers.0.conv")
     flat = {layer.replace(".", "_"): layer for layer in originals}

@@ -14,7 +14,7 @@ from tiny_pipeline import write_pipeline
 
 import sbv2_jax
 from sbv2_jax.convert.formats.component import load_component, load_config
-from sbv2_jax.convert.formats.ldm_names import unet_name, vae_name
+from sbv2_jax.convert.formats.ldm_names import unet_names, vae_name
 from sbv2_jax.convert.formats.names import torch_names
 from sbv2_jax.convert.formats.openclip_names import sources_of
 from sbv2_jax.convert.formats.pipeline import load_pipeline
@@ -34,13 +34,14 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 
 def original(directory: Path, family: str) -> dict[str, np.ndarray]:
     """A pipeline's weights in the names of the original code, with what else lies in such files."""
-    unet, vae, text = (load_config(directory / name) for name in ("unet", "vae", "text_encoder"))
+    vae, text = (load_config(directory / name) for name in ("vae", "text_encoder"))
 
     def tensors(part: str) -> dict[str, np.ndarray]:
         (path,) = (directory / part).glob("*.safetensors")
         return load_file(path)
 
-    file = {f"model.diffusion_model.{unet_name(n, unet)}": t for n, t in tensors("unet").items()}
+    unet = tensors("unet")
+    file = {f"model.diffusion_model.{name}": unet[ours] for ours, name in unet_names(unet).items()}
     for name, tensor in tensors("vae").items():
         if "attentions" in name and tensor.ndim == 2:
             tensor = tensor[..., None, None]
@@ -158,22 +159,23 @@ def test_diffusers_own_converters_make_the_same_of_the_file(made):
 def test_the_names_at_the_published_sizes_are_those_of_diffusers_converters(architecture):
     """Two of three levels attend, or three of four; the shapes alone, without memory."""
     parts = published.ARCHITECTURES[architecture]
-    for config, name_of, convert_, prefix in (
+    for config, names_of, convert_, prefix in (
         (
             UNetConfig.from_dict(parts["unet"]),
-            unet_name,
+            lambda names, _: unet_names(names),
             theirs.convert_ldm_unet_checkpoint,
             "model.diffusion_model.",
         ),
         (
             VAEConfig.from_dict(parts["vae"]),
-            vae_name,
+            lambda names, config: {name: vae_name(name, config) for name in names},
             theirs.convert_ldm_vae_checkpoint,
             "first_stage_model.",
         ),
     ):
         names = list(torch_names(network(config).shapes))
-        file = {f"{prefix}{name_of(name, config)}": torch.full((1,), i) for i, name in enumerate(names)}
+        originals = names_of(names, config)
+        file = {f"{prefix}{originals[name]}": torch.full((1,), i) for i, name in enumerate(names)}
         assert len(file) == len(names)
         got = convert_(file, config.to_dict())
         assert {name: int(one) for name, one in got.items()} == {name: i for i, name in enumerate(names)}
@@ -226,12 +228,12 @@ def test_a_file_is_named_where_a_model_is(made, tmp_path, monkeypatch):
 def test_a_bare_unet_beside_a_base(made, tmp_path):
     family, pipeline, world = made
     base, given = world / "other" / "pipeline", {"prediction_type": "epsilon"}
-    config = load_config(pipeline / "unet")
     weights = load_file(next((pipeline / "unet").glob("*.safetensors")))
+    originals = unet_names(weights)
     spellings = {
         "diffusers": weights,
-        "original": {unet_name(name, config): tensor for name, tensor in weights.items()},
-        "comfy": {f"diffusion_model.{unet_name(name, config)}": tensor for name, tensor in weights.items()},
+        "original": {originals[name]: tensor for name, tensor in weights.items()},
+        "comfy": {f"diffusion_model.{originals[name]}": tensor for name, tensor in weights.items()},
     }
     want, others = load_component(pipeline / "unet").params, load_component(base / "vae").params
     for spelling, tensors in spellings.items():

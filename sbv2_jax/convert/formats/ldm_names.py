@@ -8,8 +8,8 @@ What is inside a transformer has one name in both.
 """
 
 import re
+from collections.abc import Iterable
 
-from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.models.vae import VAEConfig
 
 _UNET_ENDS = {
@@ -24,6 +24,10 @@ _UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+_BLOCK = re.compile(
+    r"(?P<way>down|up)_blocks\.(?P<level>\d+)\.(?P<kind>resnets|attentions|downsamplers|upsamplers)"
+    r"\.(?P<index>\d+)\.(?P<rest>.+)"
+)
 _UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -41,30 +45,45 @@ _VAE_ENDS = {
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def unet_name(name: str, config: UNetConfig) -> str:
-    """Returns the original name of a UNet's tensor, from that in diffusers."""
-    layers = config.per_level("layers_per_block")
-    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)", name):
-        side, level, kind, place, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        sizes = [count + 1 for count in (layers if side == "down" else layers[::-1])]
-        first = sum(sizes[:level])
-        attends = config.up_block_types[level] == "CrossAttnUpBlock2D"
-        if side == "down":
-            place = first + sizes[level] if kind == "downsamplers" else 1 + first + place
-            module = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}[kind]
-        else:
-            place = first + sizes[level] - 1 if kind == "upsamplers" else first + place
-            module = {"resnets": "0", "attentions": "1", "upsamplers": f"{1 + attends}.conv"}[kind]
-        if kind.endswith("samplers"):
-            rest = rest.removeprefix("conv.")
-        block = "input" if side == "down" else "output"
-        return f"{block}_blocks.{place}.{module}.{_within(rest, _UNET_RESNET) if kind == 'resnets' else rest}"
-    ends = _within(name, _UNET_ENDS)
-    module, _, rest = ends.partition(".")
-    if module == "middle_block" and not rest.startswith("1."):
-        place, _, rest = rest.partition(".")
-        return f"middle_block.{place}.{_within(rest, _UNET_RESNET)}"
-    return ends
+def unet_names(names: Iterable[str]) -> dict[str, str]:
+    """Maps the layers of a UNet, all of them, or its tensors, to their original names; one it does not know to itself.
+
+    There the levels are one list: on the way down a level is its resnets and a downsampler, on the way up its
+    resnets alone, the last with the upsampler after it. So a place depends on what else there is.
+    """
+    blocks = {name: _BLOCK.fullmatch(name) for name in names}
+    resnets: dict[tuple[str, int], set[int]] = {}
+    attends = set()
+    for block in filter(None, blocks.values()):
+        level = (block["way"], int(block["level"]))
+        if block["kind"] == "resnets":
+            resnets.setdefault(level, set()).add(int(block["index"]))
+        elif block["kind"] == "attentions":
+            attends.add(level)
+
+    def first(way: str, level: int) -> int:
+        more = int(way == "down")  # the downsampler has a place of its own, and conv_in the first
+        return more + sum(len(resnets.get((way, one), ())) + more for one in range(level))
+
+    def original(name: str, block: re.Match | None) -> str:
+        if block is None:
+            within = _within(name, _UNET_ENDS)
+            middle, _, rest = within.partition(".")
+            if middle != "middle_block" or rest.startswith("1."):
+                return within
+            place, _, rest = rest.partition(".")
+            return f"middle_block.{place}.{_within(rest, _UNET_RESNET)}"
+        way, kind, index, rest = block["way"], block["kind"], int(block["index"]), block["rest"]
+        level = (way, int(block["level"]))
+        last = first(*level) + len(resnets.get(level, ()))
+        if kind == "downsamplers":
+            return f"input_blocks.{last}.0.{_within(rest, {'conv': 'op'})}"
+        if kind == "upsamplers":
+            return f"output_blocks.{last - 1}.{2 if level in attends else 1}.{rest}"
+        place = f"{'input' if way == 'down' else 'output'}_blocks.{first(*level) + index}"
+        return f"{place}.1.{rest}" if kind == "attentions" else f"{place}.0.{_within(rest, _UNET_RESNET)}"
+
+    return {name: original(name, block) for name, block in blocks.items()}
 
 
 def vae_name(name: str, config: VAEConfig) -> str:
@@ -88,6 +107,6 @@ def vae_name(name: str, config: VAEConfig) -> str:
 
 def _within(name: str, table: dict[str, str]) -> str:
     for ours, theirs in table.items():
-        if name.startswith(f"{ours}."):
+        if name == ours or name.startswith(f"{ours}."):
             return theirs + name.removeprefix(ours)
     return name

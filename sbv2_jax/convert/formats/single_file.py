@@ -15,7 +15,7 @@ from absl import logging
 
 from sbv2_jax.convert.formats import openclip_names
 from sbv2_jax.convert.formats.component import Component, save_component
-from sbv2_jax.convert.formats.ldm_names import unet_name, vae_name
+from sbv2_jax.convert.formats.ldm_names import unet_names, vae_name
 from sbv2_jax.convert.formats.legacy import current_names
 from sbv2_jax.convert.formats.names import to_ours, torch_names
 from sbv2_jax.convert.formats.pipeline_directory import open_pipeline, write_pipeline
@@ -218,11 +218,10 @@ def _plan(
 
 
 def _unet(config: UNetConfig, infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, _Taken]:
+    shapes = _shapes(config)
     original = f"{prefix}input_blocks.0.0.weight" in infos
-    return {
-        name: _Taken(prefix + (unet_name(name, config) if original else name), (shape,))
-        for name, shape in _shapes(config).items()
-    }
+    names = unet_names(shapes) if original else {}
+    return {name: _Taken(prefix + names.get(name, name), (shape,)) for name, shape in shapes.items()}
 
 
 def _openclip(config: ModelConfig, prefix: str) -> dict[str, _Taken]:
