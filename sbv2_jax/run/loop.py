@@ -39,6 +39,7 @@ from sbv2_jax.run.painter import Painter
 from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption, ends_at_once
 from sbv2_jax.run.probe import compile_probe
 from sbv2_jax.run.progress import ProgressGrid
+from sbv2_jax.run.record import Record
 from sbv2_jax.run.scoring import Measured, Scoring, open_protocol
 from sbv2_jax.run.sources import PLACES, Files, Source, check_forced, sources_of
 from sbv2_jax.run.watchdog import watchdog
@@ -174,36 +175,48 @@ def make_ready(
 def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
     """Runs the steps that are left, and returns whether a signal ended them before the last; `ready.state` advances.
 
-    Raises InputError, in every process, for what cannot be written, and as `Guard` does.
+    While the devices take a step, the batch of the next is made and the metrics of the one before are read, so that
+    they never wait for the host; where a step is saved, drawn or measured, its own are read first. Raises InputError
+    for what cannot be written, and as `Guard` does.
     """
     checkpoints, grid, first = ready.checkpoints, ready.grid, ready.first
-    guard, health = Guard(workdir, config.limits.latents_std), Health(config, ready.state)
     with Preemption() as preemption, contextlib.ExitStack() as stack:
         with processes.together():
             log = MetricsLog(workdir, steps=config.steps, batch_size=config.batch_size, resume_step=first)
         stack.enter_context(log)
+        guard = Guard(workdir, config.limits.latents_std)
+        record = Record(log, guard, Health(config, ready.state))
+
+        def read() -> Batch:
+            return next_batch(ready.batches, ready.tokenizers, ready.mesh, ready.run.method.updates)
+
+        following = read() if first < config.steps else {}
         for number in range(first + 1, config.steps + 1):
+            batch = following
             with watchdog(number, config.limits.step_seconds):
                 begin = time.monotonic()
-                batch = next_batch(ready.batches, ready.tokenizers, ready.mesh, ready.run.method.updates)
                 ready.state, metrics = ready.step(ready.state, ready.frozen, batch)
-                metrics = jax.device_get(metrics)
-                seconds = time.monotonic() - begin
-                metrics |= health.metrics(number, seconds, skipped=bool(metrics["skipped"]))
+                record.catch_up()
+                record.start(number, metrics, begin)
                 preempted = preemption.requested()
-            last, figures = preempted or number == config.steps, {}
-            if ready.scoring and not preempted and (last or number % config.evaluate.every == 0):
-                figures = ready.scoring.measure(ready.state)
-            with watchdog(number, config.limits.step_seconds), processes.together():
-                log.write(number, metrics | figures)
-                guard.check(number, metrics)
-            if last or figures or number % config.checkpoint.every == 0:
+                last = preempted or number == config.steps
+                if not last:
+                    following = read()
+                measures = ready.scoring and not preempted and (last or number % config.evaluate.every == 0)
+                saves = last or measures or number % config.checkpoint.every == 0
+                draws = grid and (number == config.steps or number % config.sample.every == 0)
+                if saves or draws:
+                    record.read()
+            figures = ready.scoring.measure(ready.state) if measures else {}
+            if saves or draws:
+                record.write(figures)
+            if saves:
                 if ready.probe:
                     deviation = jax.device_get(ready.probe(ready.state, ready.frozen, batch))
                     with processes.together():
                         guard.check_latents(number, float(deviation))
                 checkpoints.save(number, ready.state, extra=figures)
-            if grid and (number == config.steps or number % config.sample.every == 0):
+            if draws:
                 grid.draw(ready.state, sample_path(workdir, number))
             if preempted:
                 logging.warning(

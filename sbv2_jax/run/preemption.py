@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request: the step that runs is finished and saved, then the run ends.
+"""SIGTERM and SIGINT as a request: what the devices were given is finished and saved, then the run ends.
 
 Before the first step there is nothing to save, and the run ends at once.
 """
