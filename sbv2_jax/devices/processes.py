@@ -122,38 +122,41 @@ def end(code: int, message: str) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     if jax.process_count() > 1:
         _tell(code, message)
-        _leave(_GRACE_SECONDS + _FAREWELL_SECONDS)
+        _leave(*_place(), _GRACE_SECONDS + _FAREWELL_SECONDS)
     os._exit(code)
 
 
 def _tell(code: int, message: str) -> str:
     """Says to all processes how this one fails, and returns it."""
     said = f"{code} {' '.join(message.split())[:_MESSAGE_BYTES]}"
-    _set(_FAILED, said)
+    client, own, _ = _place()
+    _set(client, f"{_FAILED}{own}", said)
     return said
 
 
-def _leave(patience: float) -> None:
+def _place() -> tuple[Any, int, int]:
+    """Returns JAX's service, this process's number, and how many there are: gone, all of it, after JAX's farewell."""
+    return distributed.global_state.client, jax.process_index(), jax.process_count()
+
+
+def _leave(client: Any, own: int, count: int, patience: float) -> None:
     """Says that this process ends; process 0 waits first for the others, since with it ends JAX's service.
 
     A process that still asks that service when it goes is aborted by JAX, with a code that is nobody's.
     """
-    if jax.process_index() != 0:
-        _set(_GONE, "gone")
+    if own != 0:
+        _set(client, f"{_GONE}{own}", "gone")
         return
     deadline = time.monotonic() + patience
-    client, others = distributed.global_state.client, jax.process_count() - 1
-    while len(_said(client, _GONE)) < others and time.monotonic() < deadline:
+    while len(_said(client, _GONE)) < count - 1 and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
     time.sleep(_POLL_SECONDS)  # between its last word and its end
 
 
-def _set(directory: str, text: str) -> None:
-    """Says something to all processes, under this one's number."""
+def _set(client: Any, key: str, text: str) -> None:
+    """Says something to all processes."""
     with contextlib.suppress(Exception):  # the service may be what has failed
-        distributed.global_state.client.key_value_set(
-            f"{directory}{jax.process_index()}", text, allow_overwrite=True
-        )
+        client.key_value_set(key, text, allow_overwrite=True)
 
 
 def _said(client: Any, directory: str) -> dict[int, str]:
@@ -168,7 +171,7 @@ def _watch(finished: threading.Event, said: dict[int, str]) -> None:
 
     `said` is what is known without the service, which JAX's farewell takes away.
     """
-    client, own, count = distributed.global_state.client, jax.process_index(), jax.process_count()
+    client, own, count = _place()
     while not said:
         said |= _said(client, _FAILED)
         if finished.wait(_POLL_SECONDS):
@@ -182,7 +185,7 @@ def _watch(finished: threading.Event, said: dict[int, str]) -> None:
     code, _, line = said[first].partition(" ")
     if first != own:
         print(f"error: process {first}: {line}", file=sys.stderr, flush=True)
-    _leave(_FAREWELL_SECONDS)
+    _leave(client, own, count, _FAREWELL_SECONDS)
     os._exit(int(code))
 
 

@@ -60,7 +60,8 @@ def train(
     if dry_run:
         print(dry_run_report(config, assemble(config, read_parts(config, dry_run=True))))
         return 0
-    with processes.ending_together(), contextlib.ExitStack() as held:
+    # In this order: what one process closes behind an error may wait for the others, who must have heard of it.
+    with contextlib.ExitStack() as held, processes.ending_together():
         with ends_at_once():
             ready = make_ready(config, workdir, force, held)
         stopped = advance(config, workdir, ready)

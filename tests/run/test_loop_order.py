@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from sbv2_jax.devices.sharding import make_mesh
 
+from sbv2_jax.devices.sharding import make_mesh
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.config import default_config
 from sbv2_jax.run.loop import Ready, advance
