@@ -18,8 +18,9 @@ from tqdm import trange
 from sbv2_jax import cli
 from sbv2_jax.data.prompts import prompt_batches
 from sbv2_jax.run.arrays import load_frozen, load_state
+from sbv2_jax.run.batches import next_batch
 from sbv2_jax.run.compilation import compile_step
-from sbv2_jax.run.loop import next_batch, prepare
+from sbv2_jax.run.loop import prepare
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: FILE.py or FILE.py:ARGUMENT.")
 _PAIRS = flags.DEFINE_integer("pairs", 10, "Steps of each kind.", lower_bound=2)
@@ -29,7 +30,7 @@ KINDS = ("one", "stages")
 def main() -> None:
     config = _CONFIG.value
     with tempfile.TemporaryDirectory() as empty:
-        run, layout, source, tokenizers, start, *_ = prepare(config, Path(empty))
+        run, layout, source, tokenizers, fillings, start, *_ = prepare(config, Path(empty))
     frozen = load_frozen(run, tokenizers["input_ids"].encode([""])[0], layout.frozen)
     steps, states = {}, {}
     for kind in KINDS:
@@ -41,7 +42,7 @@ def main() -> None:
     batches = prompt_batches(source, config.batch_size, config.seed)
     seconds = {kind: [] for kind in KINDS}
     for number in trange(_PAIRS.value + 1, unit="pair"):
-        batch = next_batch(batches, tokenizers, layout.mesh, run.method.updates)
+        batch = next_batch(batches, tokenizers, layout.mesh, run.method.updates, fillings, number)
         for kind in KINDS if number % 2 else KINDS[::-1]:
             begin = time.perf_counter()
             states[kind], metrics = steps[kind](states[kind], frozen, batch)

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, SupportsIndex
+from typing import Protocol, SupportsIndex, TypeVar
 
 import grain
 
@@ -24,6 +24,7 @@ from sbv2_jax.data.text_prompts import TextPrompts
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
 
+T = TypeVar("T")
 _COUNTED = 10_000
 _READERS = {Kind.TABLE: tables.table, Kind.JSON: tables.objects, Kind.PARQUET: tables.parquet}
 
@@ -172,6 +173,11 @@ def describe_cut(prompts: Sequence[str] | PromptSource, tokenizer: Tokenizer | T
     return f"{cut} of {len(some)} prompts{of} are longer than {tokenizer.max_length} tokens and are cut"
 
 
+def shuffled(source: Sequence[T], seed: int) -> grain.MapDataset[T]:
+    """Returns a source's items without end, by random access: every epoch is a new permutation, from the seed."""
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+
 def prompt_batches(
     source: PromptSource,
     batch_size: int,
@@ -196,7 +202,7 @@ def prompt_batches(
     if batch_size % process_count:
         raise InputError(f"batch_size {batch_size}: not divisible by the {process_count} processes")
     local = batch_size // process_count
-    prompts = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    prompts = shuffled(source, seed)
     # The stream is endless; without drop_remainder its length overflows at one prompt a batch.
     stream = prompts.batch(local, drop_remainder=True, batch_fn=list)
     mine = stream[start_step * process_count + process_index :: process_count]

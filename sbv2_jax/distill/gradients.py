@@ -28,7 +28,8 @@ from sbv2_jax.tree import Params
 Metrics = dict[str, jax.Array]
 
 # Token ids by the name of their column: "input_ids" for the text encoder, [B, S] or SDXL's [B, 2, S], those that
-# the terms read, and where a step has more than one update of a follower, FRESH, [updates - 1, B, ...].
+# the terms read, and where a step has more than one update of a follower, FRESH, [updates - 1, B, ...]. Beside them
+# the columns of rows that are a term's own, such as "pair_latents", [B, h, w, C].
 Batch = dict[str, jax.Array]
 FRESH = "fresh_input_ids"
 
@@ -63,6 +64,14 @@ def random_numbers(
 
     student = StudentNoise(drawn(method.student), {term.name: drawn(term) for term in method.terms})
     return student, {player.name: drawn(player) for player in method.followers}
+
+
+def started(method: Method, batch: Batch, noise: StudentNoise) -> StudentNoise:
+    """Returns the random numbers with z as each term in turn has it in the rows that are its own."""
+    z = noise.z
+    for term in method.terms:
+        z = term.start(batch, z)
+    return noise._replace(z=z)
 
 
 def fresh_inputs(

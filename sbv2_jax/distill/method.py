@@ -6,7 +6,7 @@ import optax
 
 from sbv2_jax.distill.player import Player
 from sbv2_jax.distill.student import Student
-from sbv2_jax.distill.terms.term import Term
+from sbv2_jax.distill.terms.term import Rows, Term
 from sbv2_jax.models.conditions import TextEncoder
 
 
@@ -45,3 +45,8 @@ class Method:
     def columns(self) -> dict[str, str]:
         """The columns that the terms read, each with the frozen CLIP whose tokenizer makes it of the prompts."""
         return {column: clip for term in self.terms for column, clip in term.columns.items()}
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """The rows that terms fill from data of their own, by the names of the terms."""
+        return {term.name: term.rows for term in self.terms if term.rows is not None}

@@ -1,7 +1,7 @@
 """The random keys of a training step, each of a name of its own, so that a new one moves none of the others."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,3 +51,20 @@ def keys_of_update(key: jax.Array) -> Callable[[str], NamedKeys]:
         )
 
     return keys_of
+
+
+def initial_noise(
+    seed: int | jax.Array, indices: Sequence[int] | jax.Array, latent_shape: tuple[int, ...]
+) -> jax.Array:
+    """Returns standard normal noise [len(indices), h, w, c], each sample's from the seed and its index alone.
+
+    `seed`, below 2^32, is that of all samples, or [len(indices)] of each. The numbers are threefry's, whatever
+    generator JAX is told to use: the same on every machine.
+    """
+    indices = jnp.asarray(indices, jnp.uint32)
+
+    def one(seed: jax.Array, index: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
+        return jax.random.normal(key, latent_shape)
+
+    return jax.vmap(one)(jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), indices.shape), indices)

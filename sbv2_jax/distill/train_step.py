@@ -22,6 +22,7 @@ from sbv2_jax.distill.gradients import (
     fresh_inputs,
     fresh_samples,
     random_numbers,
+    started,
     student_gradient,
 )
 from sbv2_jax.distill.method import Method
@@ -45,11 +46,11 @@ def make_train_step(method: Method, place: Placement = ANYWHERE, programs: Progr
     """
 
     def begin(key: jax.Array, step: jax.Array, frozen: Frozen, batch: Batch):
-        noise = random_numbers(method, key, step, batch["input_ids"].shape[0])
+        noise, others = random_numbers(method, key, step, batch["input_ids"].shape[0])
         counts = {player.name: player.updates - 1 for player in method.followers if player.updates > 1}
         keys = {name: keys_of_updates(key, step, count) for name, count in counts.items()}
         prompts = {name: batch[FRESH][:count] for name, count in counts.items()}
-        return encode(method, frozen, batch), *noise, keys, prompts
+        return encode(method, frozen, batch), started(method, batch, noise), others, keys, prompts
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         conditions, student_noise, noise, keys, prompts = programs.run(

@@ -15,6 +15,7 @@ from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline, save_pipeline
 from sbv2_jax.diffusion import samplers
 from sbv2_jax.diffusion.schedule import Schedule, ScheduleConfig, is_guided, make_schedule
+from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.distill.student import rollout
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.conditions import Text, TextEncoder, join_towers, like, split_towers
@@ -59,6 +60,27 @@ def generate(
 ) -> jax.Array:
     """Returns pictures, float32 [B, H, W, 3] in [0, 1], from token ids and noise [B, h, w, c].
 
+    The arguments are those of `draw_latents`; as it, this is pure.
+    """
+    settings = {"steps": steps, "guidance": guidance, "sampler": sampler}
+    return decode(
+        generator, params.vae, draw_latents(generator, params, input_ids, null_ids, noise, **settings)
+    )
+
+
+def draw_latents(
+    generator: Generator,
+    params: GeneratorParams,
+    input_ids: jax.Array,
+    null_ids: jax.Array,
+    noise: jax.Array,
+    *,
+    steps: int = 1,
+    guidance: float = 1.0,
+    sampler: str = "dpm",
+) -> jax.Array:
+    """Returns scaled latents, float32 [B, h, w, c], from token ids and noise of that shape; no autoencoder is read.
+
     Token ids are [B, S], or [B, 2, S] for SDXL's two towers; the picture's size, which SDXL is told, is that of the
     noise. One step predicts x0 at the last timestep, as a distilled student does; more integrate with "ddim" or
     "dpm" (`samplers.sample`). `null_ids` is the empty prompt, [S] or [2, S], read where `guidance`
@@ -73,19 +95,14 @@ def generate(
     encoder, latent_shape = generator.text_encoder, noise.shape[1:]
     text = cast(encoder.apply(params.text_encoder, input_ids, latent_shape), dtype)
     if steps == 1 and not is_guided(guidance):
-        latents = rollout(generator.unet, generator.schedule, params.unet, noise, text, dtype=dtype)
-        return decode(generator, params.vae, latents)
+        return rollout(generator.unet, generator.schedule, params.unet, noise, text, dtype=dtype)
     null = text
     if is_guided(guidance):
         null = like(cast(encoder.null(params.text_encoder, null_ids, latent_shape), dtype), text)
     denoise = samplers.guided(predict, text, null, guidance)
     if steps == 1:
-        latents = samplers.one_step(denoise, generator.schedule, noise, dtype)
-    else:
-        latents = samplers.sample(
-            denoise, generator.schedule, noise, steps=steps, sampler=sampler, dtype=dtype
-        )
-    return decode(generator, params.vae, latents)
+        return samplers.one_step(denoise, generator.schedule, noise, dtype)
+    return samplers.sample(denoise, generator.schedule, noise, steps=steps, sampler=sampler, dtype=dtype)
 
 
 def decode(generator: Generator, vae: Params, latents: jax.Array) -> jax.Array:
@@ -93,13 +110,6 @@ def decode(generator: Generator, vae: Params, latents: jax.Array) -> jax.Array:
     latents = (latents / generator.scaling_factor).astype(vae["decoder.conv_in.kernel"].dtype)
     images = generator.vae.apply(vae, latents, method="decode").astype(jnp.float32)
     return jnp.clip(images * 0.5 + 0.5, 0.0, 1.0)
-
-
-def initial_noise(seed: int, indices: Sequence[int], latent_shape: tuple[int, ...]) -> jax.Array:
-    """Returns standard normal noise [len(indices), h, w, c], each sample's from the seed and its index alone."""
-    root = jax.random.key(seed)
-    keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(jnp.asarray(indices, jnp.uint32))
-    return jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
 
 
 def to_uint8(images: jax.Array) -> np.ndarray:

@@ -22,8 +22,9 @@ from sbv2_jax.plan.flops import count_flops
 from sbv2_jax.plan.hlo import Buffer, collective_bytes, largest_arrays
 from sbv2_jax.plan.memory import Need, Recorded, needs
 from sbv2_jax.plan.topologies import Chip, devices_of
+from sbv2_jax.run.batches import abstract_batch
 from sbv2_jax.run.build import Run, assemble
-from sbv2_jax.run.compilation import abstract_batch, compile_step, lay_out
+from sbv2_jax.run.compilation import compile_step, lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import validate
 from sbv2_jax.run.generators import student_generator

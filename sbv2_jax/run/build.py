@@ -81,11 +81,7 @@ def assemble(config: ConfigDict, parts: Parts, core: Core | None = None) -> Run:
         student=Student.build(config, setting),
         followers=tuple(followers.values()),
         terms=tuple(term for term in terms if term is not None),
-        text_encoder=TextEncoder(
-            {name: network(part.config) for name, part in parts.text_encoders.items()},
-            downsampling=parts.vae.config.downsampling,
-            zero_null=parts.zero_null,
-        ),
+        text_encoder=text_encoder_of(parts),
         latent_shape=setting.latent_shape,
         accumulate=config.accumulate,
         ema=config.ema,
@@ -113,6 +109,15 @@ def assemble(config: ConfigDict, parts: Parts, core: Core | None = None) -> Run:
         state_shapes=state_shapes,
         frozen_shapes=frozen_shapes,
         seed=config.seed,
+    )
+
+
+def text_encoder_of(parts: Parts) -> TextEncoder:
+    """Returns the text towers of a run as one function."""
+    return TextEncoder(
+        {name: network(part.config) for name, part in parts.text_encoders.items()},
+        downsampling=parts.vae.config.downsampling,
+        zero_null=parts.zero_null,
     )
 
 

@@ -4,15 +4,13 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sbv2_jax.devices.programs import Separate
-from sbv2_jax.devices.sharding import Layout, batch_sharding, batches_sharding, make_mesh
-from sbv2_jax.distill.gradients import FRESH, Batch
+from sbv2_jax.devices.sharding import Layout, make_mesh
 from sbv2_jax.distill.train_step import TrainStep, make_train_step
 from sbv2_jax.models import attention
+from sbv2_jax.run.batches import abstract_batch
 from sbv2_jax.run.build import DTYPES, Run, assemble
 from sbv2_jax.run.components import Parts
 from sbv2_jax.run.config import check_mesh
@@ -60,21 +58,3 @@ def compile_step(
     step(*layout.abstract, abstract_batch(config.batch_size, run, layout.mesh))
     programs.compiled()
     return step, programs
-
-
-def abstract_batch(size: int, run: Run, mesh: Mesh | None = None) -> Batch:
-    """Returns the shapes of a batch of prompts, split over the mesh if there is one."""
-    batch, batches = (batch_sharding(mesh), batches_sharding(mesh)) if mesh else (None, None)
-
-    def ids(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((size, *shape), jnp.int32, sharding=batch)
-
-    towers = run.parts.text_encoders
-    length = run.parts.prompt_length
-    columns = {"input_ids": ids(length) if len(towers) == 1 else ids(len(towers), length)}
-    for column, clip in run.method.columns.items():
-        columns[column] = ids(run.parts.term_prompt_length(clip))
-    if (further := run.method.updates - 1) > 0:
-        shape = (further, *columns["input_ids"].shape)
-        columns[FRESH] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batches)
-    return columns

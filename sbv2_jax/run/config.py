@@ -28,7 +28,14 @@ _MAY_CHANGE = (
     "student.lora.init",
 )
 # What a run did before there was the field, so that its checkpoints go on.
-FORMER = {"prompts_column": "", "score.weighting": "epsilon", "terms": ["vsd", "clip"]}
+FORMER = {
+    "pairs.path": "",
+    "pairs.share": 0.05,
+    "pairs.weight": 0.25,
+    "prompts_column": "",
+    "score.weighting": "epsilon",
+    "terms": ["vsd", "clip"],
+}
 
 
 def default_config() -> ConfigDict:
@@ -157,6 +164,14 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
     yield (
         set(config.terms) == set(weighted) and not any(config[name].weight for name in weighted),
         f"{' and '.join(f'config.{name}.weight' for name in weighted)} are 0: nothing trains the student",
+    )
+    yield (
+        "regression" in config.terms and not config.pairs.path,
+        "config.terms has 'regression', which needs a config.pairs.path: launch/pairs.py makes the pairs",
+    )
+    yield (
+        config.pairs.path != "" and "regression" not in config.terms,
+        f"config.pairs.path = {config.pairs.path!r} needs 'regression' in config.terms",
     )
     yield (
         config.student.lora.init != "" and config.student.mode != "lora",

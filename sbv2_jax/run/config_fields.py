@@ -40,9 +40,8 @@ FIELDS: dict[str, Field] = {
     "terms": Field(
         ("vsd", "clip"),
         strings,
-        'The student\'s objective: "vsd", "clip" and "reward" (where clip.model, reward.model name one), and any of '
-        "yours, as "
-        '"package.module:Class" or "path/file.py:Class" (docs/extending.md).',
+        'The student\'s objective: "vsd", "clip" and "reward" (where clip.model, reward.model name one), "regression" '
+        '(on pairs.path), and any of yours, as "package.module:Class" or "path/file.py:Class" (docs/extending.md).',
     ),
     "student.init": Field(
         "teacher", text(), '"teacher", or where its UNet comes from: as for `teacher`, such as SD-Turbo.'
@@ -132,6 +131,17 @@ FIELDS: dict[str, Field] = {
         0.3,
         number(-1, 1),
         "A sample whose reward (cosine) is more than this adds nothing. The paper names none.",
+    ),
+    "pairs.path": Field(
+        "", text(empty=True), 'A directory of pairs, of launch/pairs.py (docs/pairs.md); "" is none.'
+    ),
+    "pairs.share": Field(
+        0.05,
+        number(0, 1, above=True),
+        "Share of a batch's rows that are pairs, at least one row; they stand in the place of prompts.",
+    ),
+    "pairs.weight": Field(
+        0.25, number(0), "Weight of the regression on pairs: of its mean over them, whatever their share."
     ),
     "ema": Field(
         0.9999,

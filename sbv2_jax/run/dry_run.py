@@ -54,10 +54,13 @@ def dry_run(config: ConfigDict, run: Run) -> str:
 
 
 def _further(run: Run, batch_size: int) -> list[str]:
-    """Returns a line for each player that a step updates more than once."""
+    """Returns a line for each player that a step updates more than once, and for each term with rows of its own."""
     return [
         f"{player.updates} {player.name} updates a step, {player.updates - 1} of them on "
         f"{(player.updates - 1) * batch_size} further prompts and samples"
         for player in run.method.followers
         if player.updates > 1
+    ] + [
+        f"{rows.count} of the {batch_size} rows of a batch are the term {name!r}'s own ({rows.field})"
+        for name, rows in run.method.rows.items()
     ]

@@ -24,10 +24,12 @@ class Health:
 
     def __init__(self, config: ConfigDict, state: Any):
         self._config, self._updates = config, _updates(state)
-        self._rates = {
+        rates = {
             "student": _rate(config, config.student.lr, 1),
             "score": _rate(config, config.score.lr, config.score.updates_per_step),
         }
+        trained = {name.partition("_opt.")[0] for name in leaf_names(state)}
+        self._rates = {name: rate for name, rate in rates.items() if name in trained}
 
     def metrics(self, step: int, seconds: float, *, skipped: bool) -> dict[str, float]:
         """Returns the metrics of a step that took so long, without saves and pictures; called once for each.

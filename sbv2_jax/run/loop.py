@@ -16,15 +16,16 @@ from ml_collections import ConfigDict
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.checkpoint.files import mounted, step_numbers
 from sbv2_jax.data.prompts import PromptSource, describe_cut, notes_of, open_prompts, prompt_batches
+from sbv2_jax.data.rows import Filling
 from sbv2_jax.devices import processes
 from sbv2_jax.devices.cache import use_cache
-from sbv2_jax.devices.sharding import Layout, batch_sharding, batches_sharding
-from sbv2_jax.distill.gradients import FRESH, Batch
+from sbv2_jax.devices.sharding import Layout
+from sbv2_jax.distill.gradients import Batch
 from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.distill.train_step import TrainStep
 from sbv2_jax.errors import InputError
-from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
 from sbv2_jax.run.arrays import load_frozen, load_state, read_start
+from sbv2_jax.run.batches import Tokenizers, next_batch, open_rows
 from sbv2_jax.run.build import Run, assemble
 from sbv2_jax.run.compilation import compile_step, lay_out
 from sbv2_jax.run.components import read_parts
@@ -88,7 +89,7 @@ class Ready:
 
     run: Run
     mesh: jax.sharding.Mesh
-    tokenizers: dict[str, Tokenizer | TokenizerPair]
+    tokenizers: Tokenizers
     checkpoints: Checkpoints
     first: int
     state: TrainState
@@ -96,6 +97,7 @@ class Ready:
     grid: ProgressGrid | None
     scoring: Scoring | None
     batches: Iterator[list[str]]
+    fillings: list[Filling]
     step: TrainStep | None
     probe: Callable[[TrainState, Frozen, Batch], jax.Array] | None
 
@@ -110,7 +112,7 @@ def make_ready(
     if jax.process_count() > 1:
         # Process 0 alone keeps what it compiled: the others find it only in a directory that all see.
         use_cache(workdir / "compiled")
-    run, layout, source, tokenizers, start, files, sources, protocol = prepared
+    run, layout, source, tokenizers, fillings, start, files, sources, protocol = prepared
     processes.require_same("the content of the models", json.dumps(sources))
     if not isinstance(force, bool):
         check_forced(force, config, sources)
@@ -168,6 +170,7 @@ def make_ready(
         grid=grid,
         scoring=scoring,
         batches=batches,
+        fillings=fillings,
         step=step,
         probe=probe,
     )
@@ -188,10 +191,13 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
         guard = Guard(workdir, config.limits.latents_std)
         record = Record(log, guard, Health(config, ready.state))
 
-        def read() -> Batch:
-            return next_batch(ready.batches, ready.tokenizers, ready.mesh, ready.run.method.updates)
+        def read(step: int) -> Batch:
+            return next_batch(
+                *(ready.batches, ready.tokenizers, ready.mesh, ready.run.method.updates),
+                *(ready.fillings, step),
+            )
 
-        following = read() if first < config.steps else {}
+        following = read(first) if first < config.steps else {}
         for number in range(first + 1, config.steps + 1):
             batch = following
             with watchdog(number, config.limits.step_seconds):
@@ -202,7 +208,7 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
                 preempted = preemption.requested()
                 last = preempted or number == config.steps
                 if not last:
-                    following = read()
+                    following = read(number)
                 measures = ready.scoring and not preempted and (last or number % config.evaluate.every == 0)
                 saves = last or measures or number % config.checkpoint.every == 0
                 draws = grid and (number == config.steps or number % config.sample.every == 0)
@@ -233,7 +239,8 @@ class Prepared(NamedTuple):
     run: Run
     layout: Layout
     source: PromptSource
-    tokenizers: dict[str, Tokenizer | TokenizerPair]
+    tokenizers: Tokenizers
+    fillings: list[Filling]
     start: dict[str, np.ndarray] | None
     files: Files
     sources: dict[str, Source]
@@ -257,7 +264,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
         start = read_start(run, config.student.lora.init)
     files = Files(workdir)
     protocol = open_protocol(config) if config.evaluate.every else None
-    return Prepared(run, layout, source, tokenizers, start, files, sources_of(run.parts, files), protocol)
+    sources = sources_of(run.parts, files)
+    fillings, own = open_rows(config, run, sources)
+    return Prepared(run, layout, source, tokenizers, fillings, start, files, sources | own, protocol)
 
 
 def compiled(config: ConfigDict, run: Run, layout: Layout) -> tuple[TrainStep, Callable | None]:
@@ -269,27 +278,6 @@ def compiled(config: ConfigDict, run: Run, layout: Layout) -> tuple[TrainStep, C
         count = len(programs.compiled())
         print(f"compiled the step, {count} program(s), in {time.monotonic() - begin:.1f} s", flush=True)
     return step, probe
-
-
-def next_batch(
-    batches: Iterator[list[str]],
-    tokenizers: dict[str, Tokenizer | TokenizerPair],
-    mesh: jax.sharding.Mesh,
-    updates: int,
-) -> Batch:
-    """Reads and tokenizes this process's prompts of a step and makes the global, sharded batch of them.
-
-    With several `updates` of a player that follows the student each of them takes a batch of prompts.
-    """
-    prompts, sharding = next(batches), batch_sharding(mesh)
-    batch = {
-        column: jax.make_array_from_process_local_data(sharding, tokenizer.encode(prompts))
-        for column, tokenizer in tokenizers.items()
-    }
-    if updates > 1:
-        fresh = [tokenizers["input_ids"].encode(next(batches)) for _ in range(updates - 1)]
-        batch[FRESH] = jax.make_array_from_process_local_data(batches_sharding(mesh), np.stack(fresh))
-    return batch
 
 
 def write_config(path: Path, config: ConfigDict) -> None:

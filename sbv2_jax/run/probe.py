@@ -12,8 +12,8 @@ from sbv2_jax.devices.sharding import Layout
 from sbv2_jax.distill.gradients import Batch, encode_prompts, fresh_samples
 from sbv2_jax.distill.random_numbers import keys_of_step
 from sbv2_jax.distill.state import Frozen, TrainState
+from sbv2_jax.run.batches import abstract_batch
 from sbv2_jax.run.build import Run
-from sbv2_jax.run.compilation import abstract_batch
 
 
 def compile_probe(

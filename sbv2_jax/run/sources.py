@@ -27,6 +27,7 @@ PLACES = (
     "clip.model",
     "clip.decoder",
     "reward.model",
+    "pairs.path",
     "prompts",
     "prompts_column",
 )

@@ -24,8 +24,9 @@ from sbv2_jax.plan.hlo import collective_bytes, largest_arrays
 from sbv2_jax.plan.memory import Need, Recorded, needs
 from sbv2_jax.plan.report import text_of
 from sbv2_jax.plan.topologies import CHIPS, devices_of
+from sbv2_jax.run.batches import abstract_batch
 from sbv2_jax.run.build import assemble
-from sbv2_jax.run.compilation import abstract_batch, lay_out
+from sbv2_jax.run.compilation import lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import default_config
 from sbv2_jax.tree import GIB

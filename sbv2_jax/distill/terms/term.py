@@ -19,6 +19,7 @@ TERMS = {
     "vsd": "sbv2_jax.distill.terms.vsd:VSD",
     "clip": "sbv2_jax.distill.terms.clip:ClampedCLIP",
     "reward": "sbv2_jax.distill.terms.reward:ClampedReward",
+    "regression": "sbv2_jax.distill.terms.regression:Regression",
 }
 # Those of a run whose configuration is older than `config.terms`.
 _FORMER = ("vsd", "clip")
@@ -34,6 +35,28 @@ class Source(NamedTuple):
     reference: str
     folder: str
     field: str
+
+
+class Column(NamedTuple):
+    """A column of the batch: the shape of a row, its dtype, and the value in rows that are not the term's own."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    elsewhere: float = 0.0
+
+
+class Rows(NamedTuple):
+    """Rows of every batch that a term fills from data of its own: their prompts, and columns beside them.
+
+    `reader`, "package.module:NAME" or "path/file.py:NAME", takes the configuration and returns a `RowSource`
+    (`data.rows`); `count` of the rows of a batch, evenly spread, are filled from it, in an order that depends on the
+    seed and the step alone. `field` is the configuration's name for the source, for messages.
+    """
+
+    reader: str
+    field: str
+    count: int
+    columns: Mapping[str, Column]
 
 
 class Given(NamedTuple):
@@ -57,12 +80,14 @@ class Term:
 
     Class attributes: `name` in metrics ("loss/NAME"); `players`, the players beside the student that it needs;
     `columns`, the columns of the batch that it reads, each with the frozen CLIP whose tokenizer makes it of the
-    prompts. `passes` is in how many parts of the batch, one after the other, the loss is taken.
+    prompts. `rows`, of the class or of the object, are those that it fills from data of its own. `passes` is in how
+    many parts of the batch, one after the other, the loss is taken.
     """
 
     name: ClassVar[str]
     players: ClassVar[tuple[type[Player], ...]] = ()
     columns: ClassVar[Mapping[str, str]] = {}
+    rows: Rows | None = None
     passes: int = 1
     # `prepare(given, x)` returns what `loss` is given as `given.prepared`, [B, ...]: without gradient, and as a
     # stage of its own. None where nothing is prepared.
@@ -84,6 +109,10 @@ class Term:
 
     def draw(self, keys: NamedKeys, batch_size: int, latent_shape: tuple[int, ...]) -> Any:
         """Returns its random numbers of a step, [B, ...]."""
+
+    def start(self, batch: Mapping[str, jax.Array], z: jax.Array) -> jax.Array:
+        """Returns z, [B, h, w, C], of the student's samples, with another noise in rows of its own, if it has any."""
+        return z
 
     def encode(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> Any:
         """Returns what it makes of its columns, [B, ...], once a step."""
@@ -131,7 +160,9 @@ def _term_class(spec: str) -> type[Term]:
         )
     found = imported(f"{module}:{attribute}", "config.terms", spec)
     wrong = [
-        name for name in ("build", "sources", "loss", "weight", "draw", "encode") if not hasattr(found, name)
+        name
+        for name in ("build", "sources", "loss", "weight", "draw", "start", "encode", "rows")
+        if not hasattr(found, name)
     ]
     if wrong or not isinstance(getattr(found, "name", None), str):
         raise InputError(f"config.terms: {spec} is no term: derive it from {__name__}.Term, with a `name`")
