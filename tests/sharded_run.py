@@ -33,7 +33,9 @@ class Sharded:
     """One world, whose steps run over any mesh from the same initial state on the host."""
 
     def __init__(self):
-        self.world = tiny_world.make_world({"batch_size": 16, "score.updates_per_step": 3}, unet=UNET)
+        changes = {"batch_size": 16, "score.updates_per_step": 3, "terms": ("vsd", "regression")}
+        pairs = {"pairs.path": "drawn at random", "pairs.share": 0.25, "pairs.weight": 2.0}
+        self.world = tiny_world.make_world(changes | pairs, unet=UNET)
         # Adam with an eps of the gradients' size: with 1e-8 rounding would decide the sign of the smallest.
         self.optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-3))
         self.method = with_optimizer(self.world.run.method, self.optimizer)

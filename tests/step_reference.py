@@ -50,10 +50,11 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
     towers = split_towers(frozen["text_encoder"], world.run.parts.text_encoders)
     pairs = [
         (reference.teacher, frozen["teacher"]),
-        (reference.score, frozen["teacher"] | world.score),
         (reference.student, frozen.get("student", {}) | world.student),
         (reference.text, towers["text_encoder"]),
     ]
+    if world.score:  # else the run has none
+        pairs.append((reference.score, frozen["teacher"] | world.score))
     if xl:
         pairs.append((reference.text_2, towers["text_encoder_2"]))
     if "clip" in frozen:
@@ -66,5 +67,5 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
 
 def torch_ids(world: World) -> tuple[torch.Tensor, ...]:
     """Returns the ids of the prompts, of the CLIP loss's prompts if there is one, and of the null prompt."""
-    own = [ids for column, ids in world.batch.items() if column != FRESH]
+    own = [ids for column, ids in world.batch.items() if column.endswith("input_ids") and column != FRESH]
     return tuple(integers(a) for a in (*own, world.empty))

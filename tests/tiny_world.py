@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from sbv2_jax.data.rows import spread
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.distill.gradients import FRESH, Batch
 from sbv2_jax.distill.method import Method
@@ -130,6 +131,20 @@ def token_ids(rng: np.random.Generator, batch: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def pair_columns(rng: np.random.Generator, run: Run, batch: int) -> Batch:
+    """Returns the columns of pairs of random numbers and latents, in as many rows as the run has."""
+    columns = {
+        "pair_numbers": np.full(batch, -1, np.int32),
+        "pair_seeds": np.zeros(batch, np.uint32),
+        "pair_latents": np.zeros((batch, *run.method.latent_shape), np.float32),
+    }
+    rows = spread(run.method.rows["regression"].count, range(batch))
+    columns["pair_numbers"][rows] = rng.integers(0, 1000, len(rows))
+    columns["pair_seeds"][rows] = 17
+    columns["pair_latents"][rows] = rng.standard_normal((len(rows), *run.method.latent_shape), np.float32)
+    return columns
+
+
 def of_both(ids: np.ndarray) -> np.ndarray:
     """Returns SDXL's ids of the same prompts: the second tokenizer pads with 0."""
     ended = np.cumsum(ids == END, axis=1) > 1
@@ -154,8 +169,8 @@ class World:
 
     def init(self, method: Method | None = None) -> TrainState:
         """Returns the state at step 0, for the run's method unless another is given."""
-        params = {"student": self.student, "score": self.score}
         optimizers = (method or self.run.method).optimizers
+        params = {"student": self.student} | ({"score": self.score} if "score" in optimizers else {})
         return init_state(self.run.seed, params, optimizers, ema=self.config.ema > 0)
 
 
@@ -171,7 +186,8 @@ def make_world(
     """Returns a world whose configuration is CONFIG with these changes, all weights drawn at random.
 
     The student starts from other weights than the teacher's. A `clip.weight` brings the CLIP loss, a `reward.weight`
-    the reward's, of the same CLIP where both are there. With `xl` the
+    the reward's, of the same CLIP where both are there, the term "regression" pairs whose latents are drawn at random.
+    With `xl` the
     world is one of SDXL, with UNET_XL, whose null condition is zeros if `zero_null`.
     """
     config = default_config()
@@ -183,7 +199,8 @@ def make_world(
     run = assemble(config, parts)
     players, text_encoder = run.method.players, run.method.text_encoder
     student_base, student_lora = lora.base_and_factors(random_params(players["student"].network, 2))
-    teacher, score = lora.base_and_factors(random_params(players["score"].network, 3))
+    follows = players["score"].network if "score" in players else network(parts.teacher.config)
+    teacher, score = lora.base_and_factors(random_params(follows, 3))
     text_params = random_params(text_encoder, 1)
     latents = run.method.latent_shape
     empty = EMPTY_XL[0] if xl else EMPTY[0]
@@ -201,13 +218,14 @@ def make_world(
     if (further := run.method.updates - 1) > 0:
         of_updates = [token_ids(rng, config.batch_size) for _ in range(further)]
         fresh[FRESH] = np.stack([of_both(ids) if xl else ids for ids in of_updates])
+    pairs = pair_columns(rng, run, config.batch_size) if "regression" in config.terms else {}
     return World(
         config=config,
         run=run,
         frozen=frozen,
         student=student_lora if run.lora_student else student_base,
         score=score,
-        batch={"input_ids": ids} | dict.fromkeys(run.method.columns, clip_ids) | fresh,
+        batch={"input_ids": ids} | dict.fromkeys(run.method.columns, clip_ids) | fresh | pairs,
     )
 
 

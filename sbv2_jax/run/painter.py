@@ -11,6 +11,7 @@ from sbv2_jax.devices.sharding import batch_sharding, shardings
 from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.generate.inference import Generator, GeneratorParams, generate, initial_noise, to_uint8
 from sbv2_jax.models import lora
+from sbv2_jax.models.registry import network
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
 from sbv2_jax.run.arrays import place
 from sbv2_jax.run.build import Run
@@ -41,6 +42,13 @@ class Painter:
     def student(self, state: TrainState) -> Params:
         """Returns all weights of the student in the compute dtype, averaged where the run keeps an average."""
         return self._weights(state.ema or state.student, self._frozen.get("student", {}))
+
+    def teacher(self) -> Params:
+        """Returns the teacher's weights: the run's own, or read anew where no player needs them."""
+        if "teacher" in self._frozen:
+            return self._frozen["teacher"]
+        host = load_component(self._run.parts.teacher.directory, dtype=self._run.compute_dtype).params
+        return place(host, shardings(network(self._run.parts.teacher.config).shapes, self._mesh))
 
     def draw_student(
         self, weights: Params, prompts: Sequence[str], seed: int, rows: Sequence[int]

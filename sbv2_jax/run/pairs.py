@@ -1,5 +1,6 @@
 """Pairs of noise and what the teacher draws of it: what `launch/pairs.py` does."""
 
+import functools
 import json
 import os
 import time
@@ -20,7 +21,8 @@ from sbv2_jax.data.pairs import MANIFEST, pack, sha256_of, shard_names
 from sbv2_jax.data.prompts import describe_cut, notes_of, open_prompts, shuffled
 from sbv2_jax.devices import processes
 from sbv2_jax.devices.sharding import batch_sharding, make_mesh
-from sbv2_jax.diffusion.schedule import is_guided
+from sbv2_jax.diffusion import samplers
+from sbv2_jax.diffusion.schedule import is_guided, make_schedule
 from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.errors import InputError
 from sbv2_jax.generate.inference import GeneratorParams, check_numbers, draw_latents
@@ -76,6 +78,7 @@ def make_pairs(
         with processes.together():
             parts, source = read_parts(config), open_prompts(prompts, column)
             side = latent_side(config, parts)
+            _require_steps(parts, drawing)
             found = sources_of(parts, Files(out))
             settings = {
                 "format": files.FORMAT,
@@ -107,6 +110,17 @@ def make_pairs(
                 with replaced_file(out / MANIFEST) as partial:
                     write_json(partial, settings | {"shards": shards})
                 print(f"{count} pair(s) in {len(names)} shard(s): {out}")
+
+
+def _require_steps(parts: Parts, drawing: Drawing) -> None:
+    """Raises InputError for steps that the teacher's schedule cannot give to the sampler."""
+    schedule = make_schedule(parts.teacher_schedule)
+    if drawing.steps > 1:
+        sample = functools.partial(samplers.sample, lambda x, t: x, schedule)
+        jax.eval_shape(
+            functools.partial(sample, steps=drawing.steps, sampler=drawing.sampler),
+            jax.ShapeDtypeStruct((1, 1), "float32"),
+        )
 
 
 def _require_same(out: Path, settings: Mapping[str, Any]) -> None:
@@ -207,10 +221,19 @@ class _Teacher:
 
         def latents(params: GeneratorParams, ids: jax.Array, null_ids: jax.Array, numbers: jax.Array):
             noise = initial_noise(settings["seed"], numbers, tuple(settings["latent_shape"]))
-            noise = jax.lax.with_sharding_constraint(noise, self._sharding)
             return draw_latents(generator, params, ids, null_ids, noise, **how).astype(settings["dtype"])
 
-        self._latents = jax.jit(latents, out_shardings=self._sharding)
+        # Each device runs the program of one alone: split by the compiler, its numbers would be rounded otherwise.
+        whole, rows = PartitionSpec(), self._sharding.spec
+        self._latents = jax.jit(
+            jax.shard_map(
+                latents,
+                mesh=self._mesh,
+                in_specs=(whole, rows, whole, rows),
+                out_specs=rows,
+                check_vma=False,
+            )
+        )
 
     def groups(self, numbers: range) -> list[range]:
         """Returns the numbers of a shard as they are drawn: a batch for each device at a time."""

@@ -40,12 +40,12 @@ class ProgressGrid:
         self._noise = painter.noise(run.seed, range(count))
         # Another noise than the student's, whose samples remember their own.
         self._added = painter.noise(run.seed, range(count, 2 * count))
-        teacher = teacher_generator(run)
+        teacher, weights = teacher_generator(run), painter.teacher()
         self._columns = {
             f"teacher, {TEACHER_STEPS} steps": painter.draw(
-                teacher, frozen["teacher"], prompts, self._noise, steps=TEACHER_STEPS, guidance=run.guidance
+                teacher, weights, prompts, self._noise, steps=TEACHER_STEPS, guidance=run.guidance
             ),
-            "teacher, 1 step": painter.draw(teacher, frozen["teacher"], prompts, self._noise),
+            "teacher, 1 step": painter.draw(teacher, weights, prompts, self._noise),
         }
         self._times = times(run)
         self._predicted = jax.jit(

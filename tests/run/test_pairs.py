@@ -1,0 +1,270 @@
+"""Pairs as launch/pairs.py draws them, against diffusers, killed and resumed, in processes; and a run on them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import StableDiffusionPipeline as TorchPipeline
+from parity import nchw
+from tiny_pipeline import write_pipeline, write_world
+from train_command import ROOT, command, fields, lines_of, metrics, run, start
+from train_processes import free_port
+
+from sbv2_jax import checkpoint
+from sbv2_jax.data.pairs import Pairs
+from sbv2_jax.errors import InputError
+from sbv2_jax.fields import load
+from sbv2_jax.generate.inference import initial_noise
+from sbv2_jax.run.loop import train
+from sbv2_jax.run.pairs import Drawing, make_pairs
+
+pytestmark = pytest.mark.slow
+
+COUNT, SHARD = 46, 4
+DRAWING = Drawing(steps=3, guidance=3.0, sampler="ddim", seed=7, precision="float32")
+SETTINGS = {"count": COUNT, "dtype": "float16", "shard_size": SHARD, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def make(world: Path, out: Path, drawing: Drawing = DRAWING, **changes) -> None:
+    settings = {"model": str(world / "pipeline"), "prompts": str(world / "prompts.txt")} | SETTINGS | changes
+    make_pairs(settings.pop("model"), settings.pop("prompts"), out, drawing, **settings)
+
+
+@pytest.fixture(scope="module")
+def pairs(world, tmp_path_factory) -> Path:
+    """Those that nothing disturbed, of one process and one device."""
+    out = tmp_path_factory.mktemp("pairs") / "straight"
+    make(world, out)
+    return out
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("pairs-*.array_record"))
+
+
+def drawn_by(world: Path, out: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+    settings = {
+        "model": world / "pipeline", "prompts": world / "prompts.txt", "out": out, "count": COUNT, "batch": 2,
+        "shard_size": SHARD, "steps": 3, "guidance": 3, "sampler": "ddim", "seed": 7,
+    }  # fmt: skip
+    xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "launch/pairs.py",
+            *(f"--{name}={value}" for name, value in settings.items()),
+            *flags,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "XLA_FLAGS": xla},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "options"),
+    [
+        ("ddim", DDIMScheduler, {}),
+        ("dpm", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    ],
+)
+def test_the_latents_are_those_of_diffusers_from_the_same_noise(world, tmp_path, sampler, scheduler, options):
+    drawing = DRAWING._replace(steps=5, sampler=sampler)
+    make(world, tmp_path / "out", drawing, count=5, shard_size=3, dtype="float32")
+    found = Pairs(tmp_path / "out")
+    rows = [found[index] for index in range(5)]
+    prompts = [row.prompt for row in rows]
+    assert sorted(prompts) == sorted((world / "prompts.txt").read_text().splitlines()), (
+        "a permutation of them"
+    )
+    theirs = TorchPipeline.from_pretrained(world / "pipeline")
+    theirs.scheduler = scheduler.from_config(theirs.scheduler.config, **options)
+    theirs.set_progress_bar_config(disable=True)
+    noise = nchw(initial_noise(7, range(5), (8, 8, 4)))
+    with torch.no_grad():
+        want = theirs(
+            prompts, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent"
+        ).images
+    got = np.stack([row.columns["pair_latents"] for row in rows])
+    assert got.std() > 0.1
+    assert relative_error(nchw(got), want) < 2e-3
+
+
+def test_a_killed_drawing_goes_on_to_the_same_files_and_draws_no_shard_twice(world, pairs, tmp_path):
+    out = tmp_path / "out"
+    process = drawn_by(world, out)
+    while len(shards(out)) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in shards(out)}
+    assert 2 <= len(finished) < len(shards(pairs))
+    with pytest.raises(InputError, match="its pairs are not finished"):
+        Pairs(out)
+    process = drawn_by(world, out)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f"/{COUNT - SHARD * len(finished)} [" in err, "the bar is of what was left to draw"
+    assert files_of(out) == files_of(pairs)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+def test_two_processes_of_two_devices_write_the_files_of_one(world, pairs, tmp_path):
+    joined = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    both = [
+        drawn_by(world, tmp_path / "out", *joined, f"--process_id={index}", devices=2) for index in (0, 1)
+    ]
+    for process in both:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert files_of(tmp_path / "out") == files_of(pairs)
+
+
+def test_a_directory_of_other_settings_is_refused_with_what_differs(world, pairs, tmp_path):
+    before = files_of(pairs)
+    (tmp_path / "other.txt").write_text("a cat\nanother cat\n")
+    write_pipeline(tmp_path, prediction_type="v_prediction", seed=3)
+    drawings = {
+        "steps is 3 there, 4 here": DRAWING._replace(steps=4),
+        r"guidance is 3\.0 there, 1\.0 here; sampler is 'ddim' there, 'dpm' here; seed is 7 there, 8 here": (
+            Drawing(3, 0.5, "dpm", 8, "float32")
+        ),
+    }
+    others = {
+        "count is 46 there, 40 here": {"count": 40},
+        "dtype is 'float16' there, 'float32' here": {"dtype": "float32"},
+        "the prompts differ": {"prompts": str(tmp_path / "other.txt")},
+        "the model differs in teacher, teacher_schedule": {"model": str(tmp_path / "pipeline")},
+        r"latent_shape is \[8, 8, 4\] there, \[16, 16, 4\] here": {"resolution": 64},
+    }
+    cases = [(message, drawing, {}) for message, drawing in drawings.items()]
+    cases += [(message, DRAWING, changes) for message, changes in others.items()]
+    for message, drawing, changes in cases:
+        with pytest.raises(InputError, match=f"straight holds pairs of other settings: {message}") as raised:
+            make(world, pairs, drawing, **changes)
+        assert "\n" not in str(raised.value)
+    assert files_of(pairs) == before
+
+
+def test_a_directory_of_something_else_and_wrong_input_leave_nothing(world, tmp_path):
+    (tmp_path / "something").mkdir()
+    (tmp_path / "something" / "letter.txt").write_text("dear reader")
+    (tmp_path / "file").touch()
+    for out, changes, message in (
+        ("something", {}, "is not empty, and has no manifest.json"),
+        ("file", {}, "is a file, not a directory"),
+        ("new", {"prompts": str(tmp_path / "none.txt")}, "none.txt"),
+        ("new", {"model": str(tmp_path / "nowhere")}, "nowhere"),
+        ("new", {"resolution": 33}, "config.resolution = 33 is not a multiple"),
+    ):
+        with pytest.raises(InputError, match=message) as raised:
+            make(world, tmp_path / out, **changes)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(InputError, match="steps=2000"):
+        make(world, tmp_path / "new", DRAWING._replace(steps=2000))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "something"]
+    process = subprocess.run(
+        [sys.executable, "launch/pairs.py", "--model=bundled", "--prompts=openmoji", f"--out={tmp_path}/new"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 2 and process.stderr == "error: missing --count (see --help)\n"
+
+
+# A run on them
+
+BOTH = {"terms": ("vsd", "regression"), "pairs.share": 0.5, "sample.every": 0}
+ALONE = {"terms": ("regression",), "pairs.share": 1.0, "student.lr": 3e-3, "ema": 0.0}
+
+
+def configuration(world: Path, **changes):
+    config = load(f"{ROOT}/configs/openmoji.py")
+    config.update_from_flattened_dict(fields(world, changes))
+    return config
+
+
+def test_a_killed_run_on_pairs_goes_on_to_the_same_bits(world, pairs, tmp_path):
+    changes = BOTH | {"pairs.path": str(pairs)}
+    code, _, err = run(command(world, tmp_path / "straight", **changes))
+    assert code == 0, err
+    process = start(command(world, tmp_path / "killed", **changes))
+    while len(lines_of(tmp_path / "killed")) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, _, err = run(command(world, tmp_path / "killed", **changes))
+    assert code == 0, err
+    (step, want, _), (again, got, manifest) = (
+        checkpoint.load(tmp_path / name / "checkpoints") for name in ("straight", "killed")
+    )
+    assert step == again == 6 and got.keys() == want.keys()
+    assert [name for name in want if not np.array_equal(got[name], want[name])] == []
+    assert manifest.sources["regression"]["sha256"] == Pairs(pairs).fingerprint()
+    lines = metrics(tmp_path / "killed")
+    assert all(line["loss/regression"] > 0 and line["loss/score"] > 0 for line in lines)
+    assert [line["loss/regression"] for line in lines] == [
+        line["loss/regression"] for line in metrics(tmp_path / "straight")
+    ]
+
+    config = configuration(world, **changes)
+    moved = shutil.copytree(pairs, tmp_path / "moved")
+    config.pairs.path = str(moved)
+    assert train(config, tmp_path / "killed") == 0, "the same pairs, elsewhere"
+    other = tmp_path / "other"
+    make(world, other, DRAWING._replace(seed=8))
+    config.pairs.path = str(other)
+    with pytest.raises(InputError, match="the files of regression were .* --force=regression"):
+        train(config, tmp_path / "killed")
+
+
+def test_a_run_of_the_regression_alone_has_no_score_model_and_draws_what_the_teacher_does(
+    world, pairs, tmp_path
+):
+    """A start for any teacher: every row is a pair. Its pictures and its export need no score model either."""
+    config = configuration(world, **ALONE | {"pairs.path": str(pairs), "steps": 12, "sample.every": 12})
+    assert train(config, tmp_path) == 0
+    lines = metrics(tmp_path)
+    assert lines[-1]["loss/regression"] < 0.9 * lines[0]["loss/regression"]
+    assert not any(name for name in lines[0] if "score" in name or "vsd" in name)
+    _, arrays, _ = checkpoint.load(tmp_path / "checkpoints")
+    assert {name.partition(".")[0] for name in arrays} == {"step", "key", "student", "student_opt"}
+    assert (tmp_path / "samples" / "step_000012.png").is_file() and (tmp_path / "export" / "unet").is_dir()
+
+
+def test_pairs_of_another_teacher_are_refused(world, pairs, tmp_path):
+    write_pipeline(tmp_path, prediction_type="v_prediction")
+    config = configuration(world, **ALONE | {"pairs.path": str(pairs)})
+    config.teacher = str(tmp_path / "pipeline")
+    with pytest.raises(InputError, match="made with another teacher_schedule than this run's") as raised:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+    config.update(teacher=str(world / "pipeline"), resolution=64)
+    with pytest.raises(
+        InputError, match=r"pair_latents are float32 \[8, 8, 4\], this run's float32 \[16, 16, 4\]"
+    ):
+        train(config, tmp_path / "run")
+    config.update(resolution=0, batch_size=48)
+    with pytest.raises(InputError, match="config.pairs.path: .*46 rows, and each batch takes 48"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
