@@ -2,6 +2,7 @@
 
 python launch/train.py --config=configs/openmoji.py --workdir=runs/openmoji
 python launch/train.py --config=configs/openmoji.py:lora --workdir=runs/openmoji-lora    (with the CLIP loss)
+python launch/train.py --config=configs/openmoji.py:regression --workdir=runs/start      (on pairs: docs/pairs.md)
 python launch/train.py --config=configs/openmoji.py:runlocal --workdir=/tmp/openmoji     (10 steps)
 """
 
@@ -9,12 +10,14 @@ from ml_collections import ConfigDict
 
 from sbv2_jax.fields import words
 from sbv2_jax.openmoji import world as openmoji
-from sbv2_jax.run.config import default_config, shrink
+from sbv2_jax.run.config import default_config, regress, shrink
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Returns the run; `argument` joins "lora" (the second training of the paper) and "runlocal" by commas."""
-    chosen = words(argument, "lora", "runlocal")
+    """Returns the run; `argument` joins by commas "lora" (the second training of the paper), "regression" (on pairs
+    alone, as a start) and "runlocal".
+    """
+    chosen = words(argument, "lora", "regression", "runlocal")
     config = default_config()
     config.steps = 400
     config.student.lr = 4e-4  # the network is 100 times smaller than SD's
@@ -44,6 +47,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.clip.model = "bundled"
         config.clip.weight = 1.0
         config.clip.tau = 0.85  # this CLIP gives real pictures 0.9, and the teacher's one step 0.75
+    if "regression" in chosen:
+        regress(config)
     if "runlocal" in chosen:
         shrink(config)
     return config

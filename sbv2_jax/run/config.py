@@ -47,11 +47,12 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
     """Returns the paper's main run on a machine: SD 2.1 base at 512 px, from SD-Turbo.
 
     `argument` is a config file's: "lora" is the second training, a LoRA with the CLIP loss (the first one trains
-    all weights), "runlocal" shrinks either to a minute on a laptop; both are joined by a comma. `machine` holds
+    all weights), "regression" a start on pairs alone, from the teacher, where there is no SD-Turbo, "runlocal" shrinks
+    any to a minute on a laptop; they are joined by commas. `machine` holds
     the fields that fit the run to it. The directories are where a user is expected to put the checkpoints, of which
     docs/checkpoints.md says the sources; a hub id may stand for each.
     """
-    chosen = words(argument, "lora", "runlocal")
+    chosen = words(argument, "lora", "regression", "runlocal")
     config = default_config()
     config.teacher = "./checkpoints/stable-diffusion-2-1-base"
     config.architecture = "sd21-base"
@@ -66,10 +67,22 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
         config.clip.model = "./checkpoints/openclip-vit-b-32"
         config.clip.decoder = "./checkpoints/taesd"
         config.clip.weight = 0.1
+    if "regression" in chosen:
+        config.student.init = "teacher"
+        config.steps = 10_000
+        config.student.lr = 1e-5
+        regress(config)
     config.update_from_flattened_dict(machine)
     if "runlocal" in chosen:
         shrink(config)
     return config
+
+
+def regress(config: ConfigDict) -> None:
+    """Makes a run, in place, one of the regression on pairs alone, which is a start for any teacher; no score model."""
+    config.terms = ("regression",)
+    config.pairs.update(path="runs/pairs", share=1.0, weight=1.0)
+    config.clip.update(model="", weight=0.0)
 
 
 def shrink(config: ConfigDict) -> None:

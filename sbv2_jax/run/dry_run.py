@@ -61,6 +61,6 @@ def _further(run: Run, batch_size: int) -> list[str]:
         for player in run.method.followers
         if player.updates > 1
     ] + [
-        f"{rows.count} of the {batch_size} rows of a batch are the term {name!r}'s own ({rows.field})"
+        f"{rows.count} of the {batch_size} rows of a batch are filled for the term {name!r} ({rows.field})"
         for name, rows in run.method.rows.items()
     ]

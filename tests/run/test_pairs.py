@@ -14,6 +14,7 @@ import torch
 from conftest import relative_error
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers import StableDiffusionPipeline as TorchPipeline
+from documented import block
 from parity import nchw
 from tiny_pipeline import write_pipeline, write_world
 from train_command import ROOT, command, fields, lines_of, metrics, run, start
@@ -21,11 +22,17 @@ from train_processes import free_port
 
 from sbv2_jax import checkpoint
 from sbv2_jax.data.pairs import Pairs
+from sbv2_jax.devices.sharding import make_mesh
 from sbv2_jax.errors import InputError
 from sbv2_jax.fields import load
 from sbv2_jax.generate.inference import initial_noise
+from sbv2_jax.run.batches import abstract_batch, next_batch, open_rows
+from sbv2_jax.run.build import assemble
+from sbv2_jax.run.components import read_parts
+from sbv2_jax.run.dry_run import dry_run
 from sbv2_jax.run.loop import train
 from sbv2_jax.run.pairs import Drawing, make_pairs
+from sbv2_jax.run.sources import Files, sources_of
 
 pytestmark = pytest.mark.slow
 
@@ -194,11 +201,11 @@ def test_a_directory_of_something_else_and_wrong_input_leave_nothing(world, tmp_
 # A run on them
 
 BOTH = {"terms": ("vsd", "regression"), "pairs.share": 0.5, "sample.every": 0}
-ALONE = {"terms": ("regression",), "pairs.share": 1.0, "student.lr": 3e-3, "ema": 0.0}
+ALONE = {"student.lr": 3e-3, "ema": 0.0, "steps": 12, "sample.every": 12}
 
 
-def configuration(world: Path, **changes):
-    config = load(f"{ROOT}/configs/openmoji.py")
+def configuration(world: Path, argument: str = "", **changes):
+    config = load(f"{ROOT}/configs/openmoji.py:{argument}")
     config.update_from_flattened_dict(fields(world, changes))
     return config
 
@@ -242,7 +249,8 @@ def test_a_run_of_the_regression_alone_has_no_score_model_and_draws_what_the_tea
     world, pairs, tmp_path
 ):
     """A start for any teacher: every row is a pair. Its pictures and its export need no score model either."""
-    config = configuration(world, **ALONE | {"pairs.path": str(pairs), "steps": 12, "sample.every": 12})
+    config = configuration(world, "regression", **ALONE | {"pairs.path": str(pairs)})
+    assert config.terms == ("regression",) and config.pairs.share == 1
     assert train(config, tmp_path) == 0
     lines = metrics(tmp_path)
     assert lines[-1]["loss/regression"] < 0.9 * lines[0]["loss/regression"]
@@ -252,9 +260,37 @@ def test_a_run_of_the_regression_alone_has_no_score_model_and_draws_what_the_tea
     assert (tmp_path / "samples" / "step_000012.png").is_file() and (tmp_path / "export" / "unet").is_dir()
 
 
+def test_a_term_of_ones_own_fills_rows_beside_the_pairs(world, pairs, tmp_path):
+    (tmp_path / "bright.py").write_text(block("docs/extending.md", "a term with rows"))
+    terms = ("regression", f"{tmp_path}/bright.py:Bright")
+    changes = {"terms": terms, "pairs.path": str(pairs), "pairs.share": 0.5, "sample.every": 0, "steps": 2}
+    config = configuration(world, **changes)
+    parts = read_parts(config)
+    run = assemble(config, parts)
+    fillings, digests = open_rows(config, run, sources_of(parts, Files(tmp_path)))
+    assert digests.keys() == {"regression", "bright"}
+    tokenizers = {"input_ids": parts.tokenizer}
+    plain = ["a dog"] * 4
+    batch = next_batch(iter([plain]), tokenizers, make_mesh(1, 1, 1), 1, fillings, 5)
+    shapes = abstract_batch(4, run)
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()
+    }
+    paired, bright = np.asarray(batch["pair_numbers"]) >= 0, np.asarray(batch["level"]) >= 0
+    assert paired.tolist() == [False, True, False, True] and (paired != bright).all()
+    own = np.asarray(parts.tokenizer.encode(["a red lamp", "a white lamp", "a lamp"]))
+    for row in np.flatnonzero(bright):
+        assert (own == np.asarray(batch["input_ids"][row])).all(1).any()
+    config.pairs.share = 0.75
+    with pytest.raises(InputError, match="2 rows of a batch are asked for, and 1 are left"):
+        open_rows(config, assemble(config, parts), sources_of(parts, Files(tmp_path)))
+    report = dry_run(config, assemble(config, parts))
+    assert "3 of the 4 rows of a batch are filled for the term 'regression' (config.pairs.path)" in report
+
+
 def test_pairs_of_another_teacher_are_refused(world, pairs, tmp_path):
     write_pipeline(tmp_path, prediction_type="v_prediction")
-    config = configuration(world, **ALONE | {"pairs.path": str(pairs)})
+    config = configuration(world, "regression", **ALONE | {"pairs.path": str(pairs)})
     config.teacher = str(tmp_path / "pipeline")
     with pytest.raises(InputError, match="made with another teacher_schedule than this run's") as raised:
         train(config, tmp_path / "run")
@@ -264,7 +300,9 @@ def test_pairs_of_another_teacher_are_refused(world, pairs, tmp_path):
         InputError, match=r"pair_latents are float32 \[8, 8, 4\], this run's float32 \[16, 16, 4\]"
     ):
         train(config, tmp_path / "run")
-    config.update(resolution=0, batch_size=48)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{number} apples\n" for number in range(48)))
+    config.update(resolution=0, batch_size=48, prompts=str(prompts))
     with pytest.raises(InputError, match="config.pairs.path: .*46 rows, and each batch takes 48"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
