@@ -70,7 +70,8 @@ def started(method: Method, batch: Batch, noise: StudentNoise) -> StudentNoise:
     """Returns the random numbers with z as each term in turn has it in the rows that are its own."""
     z = noise.z
     for term in method.terms:
-        z = term.start(batch, z)
+        if term.rows is not None:
+            z = term.start(batch, z)
     return noise._replace(z=z)
 
 

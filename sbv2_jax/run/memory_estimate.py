@@ -1,9 +1,11 @@
 """An estimate, before anything is compiled, of the memory that a run takes of each device."""
 
 import itertools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
@@ -67,7 +69,8 @@ def device_memory() -> float | None:
 def estimate(config: ConfigDict, run: Run, of_an_image: float, mesh: AbstractMesh) -> float:
     """Returns the bytes on each device: state, frozen networks, gradients, and the activations of one pass.
 
-    It counts the largest of the players' backward passes; `of_an_image` is from `activations`.
+    It counts the largest of the players' backward passes, and of a batch the columns of the terms' own rows;
+    `of_an_image` is from `activations`.
     """
     layout = Layout(mesh, config.mesh.rules, run.state_shapes, run.frozen_shapes)
     held = bytes_per_device(run.state_shapes, layout.state) + bytes_per_device(
@@ -79,7 +82,9 @@ def estimate(config: ConfigDict, run: Run, of_an_image: float, mesh: AbstractMes
         for name, player in run.state_shapes.players.items()
     )
     images = config.batch_size / (config.accumulate * mesh.size)
-    return held + updates + images * of_an_image
+    columns = [column for rows in run.method.rows.values() for column in rows.columns.values()]
+    of_a_row = sum(math.prod(column.shape) * jnp.dtype(column.dtype).itemsize for column in columns)
+    return held + updates + images * of_an_image + config.batch_size / mesh.size * of_a_row
 
 
 def activations(run: Run, *, remat: bool) -> float:

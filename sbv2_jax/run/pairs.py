@@ -189,11 +189,14 @@ def _write_shard(path: Path, records: Sequence[bytes]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     with replaced_file(path) as partial:
-        # Each record can be read by itself; latents hardly compress.
-        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-        for record in records:
-            writer.write(record)
-        writer.close()
+        try:
+            # Each record can be read by itself; latents hardly compress.
+            writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+            for record in records:
+                writer.write(record)
+            writer.close()
+        except RuntimeError as error:  # a bare C++ error, of a full disk too
+            raise InputError(f"cannot write {path}: {error}") from error
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
 

@@ -306,6 +306,9 @@ def test_the_flops_of_a_step_grow_by_those_of_each_further_update(world):
 )
 def test_a_step_compiles_for_a_topology(world, topology, updates):
     config = tiny(world, **{"score.updates_per_step": updates})
+    if updates > 1:
+        config.terms = ("vsd", "regression")
+        config.pairs.path = "pairs that are elsewhere"
     found = plan.compile_for(config, topology)
     _, run, layout = lay_out(config, read_parts(config), devices_of(topology)[1], None)
     calls = {name: program.calls for name, program in found.programs.items()}

@@ -50,6 +50,9 @@ def test_the_estimate_is_what_is_held_and_what_grows_with_the_batch(world):
     assert estimated(config, parts, 1, 1, 1) == held + 64 * one
     assert estimated(config, parts, 1, 8, 1) == held + 8 * one
     assert estimated(changed(config, accumulate=4), parts, 1, 1, 1) == held + 16 * one
+    pairs = changed(config, terms=("vsd", "regression"), pairs__path="anywhere")
+    of_a_row = 4 + 4 + 4 * 8 * 8 * 4
+    assert estimated(pairs, parts, 1, 8, 1) == held + 8 * (one + of_a_row)
     split = estimated(config, parts, 1, 1, 8) - 8 * one
     assert held / 8 < split < held / 4, "most leaves are split over eight"
 

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from diffusers import StableDiffusionPipeline as TorchPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from documented import block
 from parity import nchw
 from tiny_pipeline import write_pipeline, write_world
 from train_command import ROOT, command, fields, lines_of, metrics, run, start
-from train_processes import free_port
+from train_processes import ended, free_port, launch
 
 from sbv2_jax import checkpoint
 from sbv2_jax.data.pairs import Pairs
@@ -89,13 +88,19 @@ def drawn_by(world: Path, out: Path, *flags: str, devices: int = 1) -> subproces
 
 
 @pytest.mark.parametrize(
-    ("sampler", "scheduler", "options"),
+    ("sampler", "scheduler", "options", "xl"),
     [
-        ("ddim", DDIMScheduler, {}),
-        ("dpm", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+        ("ddim", DDIMScheduler, {}, False),
+        ("ddim", DDIMScheduler, {}, True),
+        ("dpm", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}, False),
     ],
 )
-def test_the_latents_are_those_of_diffusers_from_the_same_noise(world, tmp_path, sampler, scheduler, options):
+def test_the_latents_are_those_of_diffusers_from_the_same_noise(
+    world, tmp_path, sampler, scheduler, options, xl
+):
+    if xl:
+        write_pipeline(tmp_path, xl=True)
+        world = Path(shutil.copy(world / "prompts.txt", tmp_path)).parent
     drawing = DRAWING._replace(steps=5, sampler=sampler)
     make(world, tmp_path / "out", drawing, count=5, shard_size=3, dtype="float32")
     found = Pairs(tmp_path / "out")
@@ -104,7 +109,7 @@ def test_the_latents_are_those_of_diffusers_from_the_same_noise(world, tmp_path,
     assert sorted(prompts) == sorted((world / "prompts.txt").read_text().splitlines()), (
         "a permutation of them"
     )
-    theirs = TorchPipeline.from_pretrained(world / "pipeline")
+    theirs = DiffusionPipeline.from_pretrained(world / "pipeline")
     theirs.scheduler = scheduler.from_config(theirs.scheduler.config, **options)
     theirs.set_progress_bar_config(disable=True)
     noise = nchw(initial_noise(7, range(5), (8, 8, 4)))
@@ -198,6 +203,25 @@ def test_a_directory_of_something_else_and_wrong_input_leave_nothing(world, tmp_
     assert process.returncode == 2 and process.stderr == "error: missing --count (see --help)\n"
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from sbv2_jax.errors import InputError
+from sbv2_jax.run.pairs import _write_shard
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    _write_shard(Path(sys.argv[1]) / "shard", [bytes(20_000)] * 10)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith(f"cannot write {tmp_path}/shard: ") and "File too large" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 # A run on them
 
 BOTH = {"terms": ("vsd", "regression"), "pairs.share": 0.5, "sample.every": 0}
@@ -210,10 +234,27 @@ def configuration(world: Path, argument: str = "", **changes):
     return config
 
 
-def test_a_killed_run_on_pairs_goes_on_to_the_same_bits(world, pairs, tmp_path):
-    changes = BOTH | {"pairs.path": str(pairs)}
-    code, _, err = run(command(world, tmp_path / "straight", **changes))
+@pytest.fixture(scope="module")
+def straight(world, pairs, tmp_path_factory) -> Path:
+    """The run on pairs that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("straight")
+    code, _, err = run(command(world, workdir, **BOTH | {"pairs.path": str(pairs)}))
     assert code == 0, err
+    return workdir
+
+
+def test_two_processes_train_on_the_pairs_of_one(world, pairs, straight, tmp_path):
+    for code, err in ended(launch(2, world, tmp_path, **BOTH | {"pairs.path": str(pairs)})):
+        assert code == 0, err
+    ours, theirs = metrics(tmp_path), metrics(straight)
+    assert len(ours) == len(theirs) == 6
+    for name in ("loss/regression", "loss/vsd", "loss/score", "latents/std"):
+        for line, want in zip(ours, theirs, strict=True):
+            assert line[name] == pytest.approx(want[name], rel=2e-4), name
+
+
+def test_a_killed_run_on_pairs_goes_on_to_the_same_bits(world, pairs, straight, tmp_path):
+    changes = BOTH | {"pairs.path": str(pairs)}
     process = start(command(world, tmp_path / "killed", **changes))
     while len(lines_of(tmp_path / "killed")) < 3:
         assert process.poll() is None, process.stderr.read()
@@ -223,7 +264,7 @@ def test_a_killed_run_on_pairs_goes_on_to_the_same_bits(world, pairs, tmp_path):
     code, _, err = run(command(world, tmp_path / "killed", **changes))
     assert code == 0, err
     (step, want, _), (again, got, manifest) = (
-        checkpoint.load(tmp_path / name / "checkpoints") for name in ("straight", "killed")
+        checkpoint.load(workdir / "checkpoints") for workdir in (straight, tmp_path / "killed")
     )
     assert step == again == 6 and got.keys() == want.keys()
     assert [name for name in want if not np.array_equal(got[name], want[name])] == []
@@ -231,7 +272,7 @@ def test_a_killed_run_on_pairs_goes_on_to_the_same_bits(world, pairs, tmp_path):
     lines = metrics(tmp_path / "killed")
     assert all(line["loss/regression"] > 0 and line["loss/score"] > 0 for line in lines)
     assert [line["loss/regression"] for line in lines] == [
-        line["loss/regression"] for line in metrics(tmp_path / "straight")
+        line["loss/regression"] for line in metrics(straight)
     ]
 
     config = configuration(world, **changes)
