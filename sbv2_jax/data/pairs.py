@@ -131,7 +131,7 @@ class Pairs:
 
 def open_pairs(config: ConfigDict) -> Pairs:
     """Returns the pairs of a run, `config.pairs.path`."""
-    return Pairs(config.pairs.path, "config.pairs.path = ")
+    return Pairs(Path(config.pairs.path).expanduser(), "config.pairs.path = ")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -33,6 +33,9 @@ FORMER = {
     "pairs.share": 0.05,
     "pairs.weight": 0.25,
     "prompts_column": "",
+    "reward.model": "",
+    "reward.tau": 0.3,
+    "reward.weight": 0.0,
     "score.weighting": "epsilon",
     "terms": ["vsd", "clip"],
 }
@@ -83,6 +86,7 @@ def regress(config: ConfigDict) -> None:
     config.terms = ("regression",)
     config.pairs.update(path="runs/pairs", share=1.0, weight=1.0)
     config.clip.update(model="", weight=0.0)
+    config.reward.update(model="", weight=0.0)
 
 
 def shrink(config: ConfigDict) -> None:
@@ -173,9 +177,10 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
             own.weight > 0 and name not in config.terms,
             f"config.{name}.weight = {own.weight:g} needs {name!r} in config.terms",
         )
-    weighted = [name for name in ("vsd", "clip", "reward") if name in config.terms]
+    groups = {"vsd": "vsd", "clip": "clip", "reward": "reward", "regression": "pairs"}
+    weighted = [groups[term] for term in config.terms if term in groups]
     yield (
-        set(config.terms) == set(weighted) and not any(config[name].weight for name in weighted),
+        len(weighted) == len(config.terms) and not any(config[name].weight for name in weighted),
         f"{' and '.join(f'config.{name}.weight' for name in weighted)} are 0: nothing trains the student",
     )
     yield (

@@ -97,7 +97,7 @@ class Ready:
     grid: ProgressGrid | None
     scoring: Scoring | None
     batches: Iterator[list[str]]
-    fillings: list[Filling]
+    fillings: Sequence[Filling] = ()
     step: TrainStep | None
     probe: Callable[[TrainState, Frozen, Batch], jax.Array] | None
 

@@ -96,6 +96,15 @@ def test_config_files_are_valid_whole_and_shrunk(path):
     assert check_mesh(config, 1) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_start_is_of_the_teacher_and_of_pairs_alone(path):
+    for argument in ("regression", "regression,runlocal", "lora,regression"):
+        config = fields.load(f"{path}:{argument}")
+        validate(config)
+        assert (config.terms, config.pairs.share, config.student.init) == (("regression",), 1.0, "teacher")
+        assert config.pairs.path and not (config.clip.model or config.reward.model)
+
+
 def test_the_second_training_has_lora_and_clip():
     for name in ("tpu_v4", "gpu"):
         config = fields.load(f"{ROOT}/configs/{name}.py:lora")
@@ -165,6 +174,13 @@ def test_a_wrong_type_or_range_names_the_field(name, value, says):
             "config.reward.weight = 0.1 needs 'reward' in config.terms",
         ),
         ({"vsd.weight": 0.0}, "config.vsd.weight and config.clip.weight are 0: nothing"),
+        ({"pairs.path": "pairs"}, "config.pairs.path = 'pairs' needs 'regression' in config.terms"),
+        ({"terms": ("vsd", "regression")}, "'regression', which needs a config.pairs.path: launch/pairs.py"),
+        (
+            {"terms": ("regression",), "pairs.path": "pairs", "pairs.weight": 0.0},
+            "config.pairs.weight are 0: nothing trains the student",
+        ),
+        ({"pairs.share": 0.0}, "config.pairs.share must be a finite number > 0 and <= 1"),
         ({"steps": 5, "optimizer.warmup": 5}, "config.optimizer.warmup = 5 must be below config.steps = 5"),
         ({"sample.prompts": ()}, "config.sample.every = 500 needs config.sample.prompts"),
         ({"accumulate": 3}, "config.batch_size = 64 is not a multiple of config.accumulate"),
