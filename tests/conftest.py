@@ -15,6 +15,10 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 
+# The README's command has a worker for each core, and many a test starts processes: threads would only wait in turn.
+os.environ.setdefault("NPROC", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import jax
 import numpy as np
 import pytest
