@@ -1,4 +1,4 @@
-"""Draws pictures from prompts: in one step with a student, in more with a teacher.
+"""Draws pictures from prompts: with a student in its one step or few, with a teacher in more.
 
 python launch/generate.py --model=runs/openmoji/export --prompt="a red apple on a blue background" --out=apple.png
 """
@@ -17,10 +17,26 @@ FLAGS = (
     Flag("out", "A .png file (several pictures become a grid), or a directory.", path, text(), required=True),
     Flag("num", "Pictures for each prompt.", int, whole(1), default=1),
     Flag("seed", "Seed of the noise.", int, whole(0, 2**32 - 1), default=0),
-    Flag("noise", "A .npy file of float32 noise [B, h, w, 4], instead of a seed.", path, text()),
-    Flag("steps", "Steps; more than one samples a teacher.", int, whole(1), default=1),
+    Flag(
+        "noise",
+        "A .npy file of float32 noise [B, h, w, 4], instead of a seed; [B, STEPS, h, w, 4] for the 'lcm' sampler.",
+        path,
+        text(),
+    ),
+    Flag(
+        "steps",
+        "Steps. Default: those of a student of several, else 1; more sample a teacher.",
+        int,
+        whole(1),
+    ),
     Flag("guidance", "Classifier-free guidance; 1 or less is none.", float, number(), default=1.0),
-    Flag("sampler", "The sampler of more than one step, 'ddim' or 'dpm'.", str, one_of("ddim", "dpm"), "dpm"),
+    Flag(
+        "sampler",
+        "The sampler of more than one step, 'ddim', 'dpm' or, of students, 'lcm'. Default: 'lcm' where the model has "
+        "an LCMScheduler, else 'dpm'.",
+        str,
+        one_of("ddim", "dpm", "lcm"),
+    ),
     Flag("batch_size", "Pictures drawn at a time.", int, whole(1), default=16),
 )
 

@@ -254,6 +254,14 @@ def rules(value: Any) -> str | None:
     return None
 
 
+def falling(value: Any) -> str | None:
+    """Accepts a tuple of whole numbers of at least 1, each below the one before; it may be empty."""
+    right = isinstance(value, tuple | list) and not any(map(whole(1), value))
+    if right and all(first > second for first, second in zip(value, value[1:], strict=False)):
+        return None
+    return "a tuple of whole numbers >= 1 that fall, such as (999, 499), or ()"
+
+
 def strings(value: Any) -> str | None:
     """Accepts a tuple of strings that are not empty."""
     if isinstance(value, tuple | list) and all(isinstance(item, str) and item.strip() for item in value):

@@ -17,7 +17,7 @@ from sbv2_jax.errors import InputError, listed
 _MAY_DIFFER = ("sample_size", "upcast_attention")
 _SCHEDULE = (
     "prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-    "rescale_betas_zero_snr",
+    "rescale_betas_zero_snr", "timesteps",
 )  # fmt: skip
 
 

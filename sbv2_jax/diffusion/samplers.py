@@ -1,10 +1,11 @@
-"""Samplers for a multi-step teacher: DDIM (eta 0) and DPM-Solver++ (2M), as one scan over one network call.
+"""Samplers, each as one scan over one network call.
 
-Both advance x by the same linear rule,
+For a multi-step teacher DDIM (eta 0) and DPM-Solver++ (2M); both advance x by the same linear rule,
 
     x_next = keep x + data x0 + previous x0_of_the_step_before,
 
-and differ in the timesteps they visit and in the three coefficients of each step.
+and differ in the timesteps they visit and in the three coefficients of each step. For a student of few steps that of
+latent consistency models ("lcm"): at each timestep the network predicts x0, which is noised anew to the next.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbv2_jax.diffusion.few_steps import ORIGINAL_STEPS, lcm_timesteps
 from sbv2_jax.diffusion.schedule import (
     TIMESTEP_SPACINGS,
     Schedule,
@@ -25,7 +27,7 @@ from sbv2_jax.diffusion.schedule import (
 )
 from sbv2_jax.errors import InputError
 
-SAMPLERS = ("ddim", "dpm")
+SAMPLERS = ("ddim", "dpm", "lcm")
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -51,8 +53,8 @@ def sample(
     Pure: `steps`, `sampler`, `timestep_spacing` and `dtype` are static, the rest may be traced.
     Raises InputError for steps that the schedule cannot give, TypeError for arrays that are not float32.
     """
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
+    if sampler not in SAMPLERS[:2]:
+        raise InputError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS[:2])}")
     spacing = timestep_spacing or schedule.timestep_spacing
     if sampler == "ddim":
         timesteps = ddim_timesteps(schedule.num_timesteps, steps, spacing or "leading", schedule.steps_offset)
@@ -65,25 +67,73 @@ def sample(
     def step(carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, ...]):
         x, x0_before = carry
         timestep, keep, data, previous = row
-        t = jnp.full(x.shape[:1], timestep, jnp.int32)
-        seen = rounded(x, dtype)
-        x0 = to_x0(schedule, denoise(seen, t), seen, t)
+        x0 = x0_at(denoise, schedule, x, jnp.full(x.shape[:1], timestep, jnp.int32), dtype)
         return (keep * x + data * x0 + previous * x0_before, x0), None
 
     (x, _), _ = jax.lax.scan(step, (noise, jnp.zeros_like(noise)), (jnp.asarray(timesteps), *table))
     return x
 
 
-def one_step(
-    denoise: Denoise, schedule: Schedule, noise: jax.Array, dtype: jnp.dtype = jnp.float32
+def x0_at(
+    denoise: Denoise, schedule: Schedule, x: jax.Array, t: jax.Array, dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
-    """Returns the x0 that the network predicts from noise at the last timestep, float32 [B, ...].
+    """Returns the x0 that the network predicts from x at the timesteps t, int32 [B]; float32 [B, ...].
 
-    `denoise`, noise and `dtype` are as for `sample`.
+    `denoise`, x and `dtype` are as for `sample`.
     """
-    noise = rounded(noise, dtype)
-    t = jnp.full(noise.shape[:1], schedule.num_timesteps - 1, jnp.int32)
-    return to_x0(schedule, denoise(noise, t), noise, t)
+    seen = rounded(x, dtype)
+    return to_x0(schedule, denoise(seen, t), seen, t)
+
+
+def few_steps(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: jax.Array,
+    again: jax.Array | None,
+    timesteps: tuple[int, ...],
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """Returns the x0 that a student of few steps draws from noise, float32 [B, ...].
+
+    At each of the timesteps, which fall, the network predicts x0, which is noised to the next one with noise of its
+    own, `again` float32 [B, len(timesteps) - 1, ...]; of one timestep it is that x0, and `again` is not read.
+    `denoise`, noise and `dtype` are as for `sample`. Source: DMD2 (Yin et al., 2024), section 4.5; multistep
+    consistency sampling (Song et al., 2023, algorithm 1; Luo et al., 2023).
+    """
+    if len(timesteps) == 1:
+        return x0_at(denoise, schedule, noise, jnp.full(noise.shape[:1], timesteps[0], jnp.int32), dtype)
+    following = list(timesteps[1:])
+    # After the last one x0 stays as it is.
+    alpha = jnp.append(jnp.asarray(schedule.alpha)[jnp.asarray(following)], 1.0)
+    sigma = jnp.append(jnp.asarray(schedule.sigma)[jnp.asarray(following)], 0.0)
+    later = jnp.concatenate([jnp.moveaxis(again, 1, 0), jnp.zeros_like(noise)[None]])
+
+    def step(x: jax.Array, row: tuple[jax.Array, ...]):
+        timestep, a, s, own = row
+        x0 = x0_at(denoise, schedule, x, jnp.full(x.shape[:1], timestep, jnp.int32), dtype)
+        return a * x0 + s * own, None
+
+    return jax.lax.scan(step, noise, (jnp.array(timesteps, jnp.int32), alpha, sigma, later))[0]
+
+
+def settled(schedule: Schedule, steps: int | None, sampler: str | None) -> tuple[int, str]:
+    """Returns the number of steps and the sampler of a call that leaves them open.
+
+    They are those of a student whose timesteps the schedule says; else 1 and, unless it is that of an LCMScheduler,
+    "dpm".
+    """
+    few = schedule.timesteps or schedule.original_inference_steps is not None
+    return steps or len(schedule.timesteps) or 1, sampler or ("lcm" if few else "dpm")
+
+
+def few_timesteps(schedule: Schedule, steps: int) -> tuple[int, ...]:
+    """Returns the timesteps of "lcm" in `steps` steps: the student's own, if it has so many, or an LCMScheduler's.
+
+    Raises InputError for more steps than that one has.
+    """
+    if steps == len(schedule.timesteps):
+        return schedule.timesteps
+    return lcm_timesteps(schedule.num_timesteps, steps, schedule.original_inference_steps or ORIGINAL_STEPS)
 
 
 def interleaved(*trees: Any) -> Any:

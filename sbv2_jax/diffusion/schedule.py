@@ -5,43 +5,33 @@ leaves one digit of x0.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbv2_jax.diffusion.few_steps import ORIGINAL_STEPS, check_timesteps
 from sbv2_jax.diffusion.file_fields import as_declared, is_neutral
+from sbv2_jax.diffusion.other_schedules import why_refused
 from sbv2_jax.errors import InputError, listed
 
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+# Marks the fields that say how pictures are drawn by default, and nothing of what is trained.
+OF_PICTURES = {"of_pictures": True}
+FEW_STEPS = "LCMScheduler"
 
 _SAMPLER_FIELDS = """
     algorithm_type clip_sample clip_sample_range disable_corrector dynamic_thresholding_ratio euler_at_final
     final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final
-    original_inference_steps predict_x0 sample_max_value sigma_max sigma_min skip_prk_steps solver_order
+    predict_x0 sample_max_value sigma_max sigma_min skip_prk_steps solver_order
     solver_p solver_type thresholding time_shift_type timestep_scaling use_beta_sigmas use_exponential_sigmas
     use_karras_sigmas use_lu_lambdas predictor_order corrector_order tau_func noise_sampler_seed
 """
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
-_FLOW = "flow matching: x_t is (1 - t) x0 + t epsilon there, and its networks predict neither epsilon nor v"
-_SIGMAS = "EDM's sigmas: its networks are given scaled inputs and sigmas, not timesteps of betas"
-# Why other classes of diffusers, and what other schedulers ask of a network, are refused; the first part that fits.
-_OTHER_CLASSES = {
-    "Flow": _FLOW, "Piflow": _FLOW, "Helios": _FLOW, "LTX": _FLOW, "MiniMax": _FLOW,
-    "EDM": _SIGMAS, "CMStochastic": _SIGMAS, "CosineDPM": _SIGMAS, "ScoreSde": _SIGMAS, "SCM": _SIGMAS,
-    "IPNDM": "a schedule without betas", "CogVideoX": "betas that are shifted by snr_shift_scale",
-    "RePaint": "inpainting by resampling", "UnCLIP": "a prior's schedule",
-    "Consistency": "a consistency decoder's schedule",
-}  # fmt: skip
-_OTHER_PREDICTIONS = {
-    "sample": "such a network gives x0 itself",
-    "flow_prediction": _FLOW,
-    "trigflow": _SIGMAS,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +40,8 @@ class ScheduleConfig:
 
     Fields are named as in the file, with the defaults of diffusers. `timestep_spacing`, `steps_offset` and
     `set_alpha_to_one` concern samplers only; a `timestep_spacing` of None is the default of the sampler.
+    So do the last two, which an LCMScheduler alone has: its `original_inference_steps`, and the timesteps of a few-step
+    student, "_timesteps" in the file, empty where the file does not say them.
     Raises InputError for a value that is not supported.
     """
 
@@ -113,6 +105,8 @@ class ScheduleConfig:
     set_alpha_to_one: bool = True
     steps_offset: int = 0
     timestep_spacing: str | None = None
+    original_inference_steps: int | None = dataclasses.field(default=None, metadata=OF_PICTURES)
+    timesteps: tuple[int, ...] = dataclasses.field(default=(), metadata=OF_PICTURES)
 
     def __post_init__(self):
         _require_one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
@@ -123,6 +117,10 @@ class ScheduleConfig:
                 raise InputError(f"{name}={value!r} is not a whole number")
         if self.num_train_timesteps == 0:
             raise InputError("num_train_timesteps=0: there is nothing to train on")
+        original = self.original_inference_steps
+        if original is not None and not 1 <= original <= self.num_train_timesteps:
+            raise InputError(f"original_inference_steps={original}: expected 1 to {self.num_train_timesteps}")
+        check_timesteps(self.timesteps, self.num_train_timesteps, "_timesteps")
         for name in ("rescale_betas_zero_snr", "set_alpha_to_one"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r} is neither true nor false")
@@ -153,14 +151,17 @@ class ScheduleConfig:
         Raises InputError that names the source and lists every unknown field and unsupported value.
         """
         class_name = values.get("_class_name")
-        if reason := _why_refused(values):
+        if reason := why_refused(values, cls.CLASSES, PREDICTION_TYPES):
             raise InputError(f"{source}: {reason}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        wrong = []
+        known = {field.name for field in dataclasses.fields(cls) if not field.metadata}
+        wrong, ignored = [], cls.IGNORED
         if class_name not in cls.CLASSES:
             wrong.append(f"_class_name={class_name!r} is not supported (one of {', '.join(cls.CLASSES)})")
+        if class_name == FEW_STEPS:
+            # The others leave it to another sampler of theirs; this one draws by it.
+            ignored = ignored - {"clip_sample", "thresholding"}
         for name, value in values.items():
-            if name.startswith("_") or name in known or name in cls.IGNORED:
+            if name.startswith("_") or name in known or name in ignored:
                 continue
             if name not in cls.FIXED:
                 if not is_neutral(name, value):
@@ -169,7 +170,11 @@ class ScheduleConfig:
                 wrong.append(f"{name}={value!r} is not supported (only {cls.FIXED[name][0]!r})")
         if wrong:
             raise InputError(f"{source}: {listed(wrong)}")
-        chosen = as_declared(cls, {name: values[name] for name in known if name in values})
+        chosen = {name: values[name] for name in known if name in values}
+        if class_name == FEW_STEPS:
+            chosen["original_inference_steps"] = values.get("original_inference_steps", ORIGINAL_STEPS)
+            chosen["timesteps"] = values.get("_timesteps") or ()
+        chosen = as_declared(cls, chosen)
         try:
             if chosen.get("trained_betas") is not None:
                 chosen["trained_betas"] = tuple(chosen["trained_betas"])
@@ -213,6 +218,8 @@ class Schedule:
     timestep_spacing: str | None = dataclasses.field(default=None, metadata={"static": True})
     steps_offset: int = dataclasses.field(default=0, metadata={"static": True})
     set_alpha_to_one: bool = dataclasses.field(default=True, metadata={"static": True})
+    original_inference_steps: int | None = dataclasses.field(default=None, metadata={"static": True})
+    timesteps: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def num_timesteps(self) -> int:
@@ -233,6 +240,8 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
         timestep_spacing=config.timestep_spacing,
         steps_offset=config.steps_offset,
         set_alpha_to_one=config.set_alpha_to_one,
+        original_inference_steps=config.original_inference_steps,
+        timesteps=config.timesteps,
     )
 
 
@@ -365,24 +374,6 @@ def _require_float32(*arrays: jax.Array) -> None:
     for array in arrays:
         if array.dtype != jnp.float32:
             raise TypeError(f"schedule arithmetic is float32 only, got {array.dtype}: cast it explicitly")
-
-
-def _why_refused(values: Mapping[str, Any]) -> str | None:
-    """Returns why the numbers of a scheduler_config.json mean something else than here; None where they do not."""
-    name = values.get("_class_name")
-    prediction = values.get("prediction_type")
-    for part, reason in _OTHER_CLASSES.items():
-        if isinstance(name, str) and name not in ScheduleConfig.CLASSES and part in name:
-            supported = ", ".join(ScheduleConfig.CLASSES)
-            return f"_class_name={name!r} is not supported ({reason}); supported: {supported}"
-    if isinstance(prediction, str) and prediction in _OTHER_PREDICTIONS:
-        return (
-            f"prediction_type={prediction!r} is not supported ({_OTHER_PREDICTIONS[prediction]}); supported: "
-            f"{', '.join(PREDICTION_TYPES)}"
-        )
-    if values.get("use_flow_sigmas") is True:
-        return f"use_flow_sigmas=True is not supported ({_FLOW})"
-    return None
 
 
 def _require_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

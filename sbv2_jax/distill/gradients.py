@@ -3,7 +3,8 @@
 fresh samples      prompts, key            -> samples, and what a follower's update on them needs
 random_numbers     step, key               -> the random numbers of the student's update and of the one after it
 encode             prompts                 -> text conditions, and what each term makes of its columns
-student forward    student, z              -> x, the student's one-step sample
+student steps      student, z              -> where a student of several steps is before the one that is trained
+student forward    student, z or that      -> x, the student's sample
 TERM prepare       players, x              -> what a term prepares without gradient, such as the VSD direction
 pull               x                       -> d loss / d x, in latent space, of all terms
 student backward   d loss / d x            -> the gradient to the student's parameters
@@ -21,6 +22,7 @@ from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.player import Player
 from sbv2_jax.distill.random_numbers import keys_of_step, keys_of_update
 from sbv2_jax.distill.state import Frozen, TrainState
+from sbv2_jax.distill.student import Start
 from sbv2_jax.distill.terms.term import Given, Term
 from sbv2_jax.models.conditions import Text
 from sbv2_jax.tree import Params
@@ -42,9 +44,12 @@ class Conditions(NamedTuple):
 
 
 class StudentNoise(NamedTuple):
-    """The random numbers of the student's update: z [B, h, w, C], and each term's by its name, [B, ...]."""
+    """The random numbers of the student's update: z [B, h, w, C], and each term's by its name, [B, ...].
 
-    z: jax.Array
+    Of a student of several steps z is a `Start`, which holds what its steps take besides.
+    """
+
+    z: jax.Array | Start
     terms: dict[str, Any]
 
 
@@ -93,19 +98,35 @@ def fresh_samples(
     method: Method,
     params: Params,
     frozen: Frozen,
-    z: jax.Array,
+    z: jax.Array | Start,
     text: Text,
     programs: Programs = INLINE,
     place: Placement = ANYWHERE,
 ) -> jax.Array:
     """Returns the samples of a student, of which no gradient will be taken, in the passes of the update."""
 
-    def one_pass(z: jax.Array, text: Text) -> tuple[tuple, jax.Array]:
+    def one_pass(z: jax.Array | Start, text: Text) -> tuple[tuple, jax.Array]:
+        x, t = _entered(method, params, frozen, z, text, programs, place)
         return (), programs.run(
-            "student samples", method.student.forward, params, frozen, z, text, out=place.batch
+            "student samples", method.student.forward, params, frozen, x, text, t, out=place.batch
         )
 
     return programs.average("fresh", one_pass, method.accumulate, (z, text))[1]
+
+
+def _entered(
+    method: Method,
+    params: Params,
+    frozen: Frozen,
+    z: jax.Array | Start,
+    text: Text,
+    programs: Programs,
+    place: Placement,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns what the student predicts its samples from, and at which timesteps: None for the first."""
+    if not isinstance(z, Start):
+        return z, None
+    return programs.run("student steps", method.student.entered, params, frozen, z, text, out=place.batch)
 
 
 def encode_prompts(method: Method, frozen: Frozen, input_ids: jax.Array) -> Text:
@@ -169,8 +190,8 @@ def student_gradient(
     student, text = method.student, conditions.text
     params = {name: player.params for name, player in state.players.items()}
 
-    def forward(trained: Params, frozen: Frozen, z: jax.Array, text: Text):
-        return jax.vjp(lambda trained: student.forward(trained, frozen, z, text), trained)
+    def forward(trained: Params, frozen: Frozen, x: jax.Array, text: Text, t: jax.Array | None):
+        return jax.vjp(lambda trained: student.forward(trained, frozen, x, text, t), trained)
 
     def prepare_of(term: Term) -> Callable:
         def prepare(step, params, frozen, x, text, noise, encoded):
@@ -178,8 +199,10 @@ def student_gradient(
 
         return prepare
 
+    # Outside of what the gradient is taken of: the earlier steps have none.
+    start, t = _entered(method, state.student, frozen, noise.z, text, programs, place)
     x, backward = programs.run(
-        "student forward", forward, state.student, frozen, noise.z, text, out=(place.batch, None)
+        "student forward", forward, state.student, frozen, start, text, t, out=(place.batch, None)
     )
     prepared = {
         term.name: programs.run(

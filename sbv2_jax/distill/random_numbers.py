@@ -68,3 +68,23 @@ def initial_noise(
         return jax.random.normal(key, latent_shape)
 
     return jax.vmap(one)(jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), indices.shape), indices)
+
+
+def further_noise(
+    seed: int, indices: Sequence[int], latent_shape: tuple[int, ...], count: int
+) -> jax.Array | None:
+    """Returns the noise of `count` further steps, [len(indices), count, h, w, c], or None for none of them.
+
+    Each sample's depends on the seed, its index and the number of the step alone.
+    """
+    if count == 0:
+        return None
+    # A root of their own, so that no key that is drawn from is derived from.
+    root = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), zlib.crc32(b"again"))
+
+    def one(index: jax.Array, number: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(root, number), index)
+        return jax.random.normal(key, latent_shape)
+
+    of_steps = jax.vmap(one, (None, 0))
+    return jax.vmap(of_steps, (0, None))(jnp.asarray(indices, jnp.uint32), jnp.arange(1, count + 1))

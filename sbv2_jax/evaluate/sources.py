@@ -34,13 +34,17 @@ def of_pipeline(
     pipeline: Pipeline,
     fingerprint: str,
     *,
-    steps: int,
+    steps: int | None,
     guidance: float,
-    sampler: str,
+    sampler: str | None,
     seed: int,
     batch_size: int,
 ) -> Source:
-    """Returns the source of a pipeline's pictures; `fingerprint` is that of its weights (`weights_of`)."""
+    """Returns the source of a pipeline's pictures; `fingerprint` is that of its weights (`weights_of`).
+
+    Without `steps` and `sampler` a student draws in its own.
+    """
+    steps, sampler = pipeline.settled(steps, sampler)
     guidance = float(guidance) if is_guided(guidance) else 1.0
 
     def draw(rows: Sequence[int], prompts: Sequence[str]) -> list[np.ndarray]:

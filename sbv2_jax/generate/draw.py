@@ -12,9 +12,11 @@ from absl import logging
 from tqdm import tqdm
 
 from sbv2_jax.convert.formats.files import new_file, read_json, write_json
+from sbv2_jax.convert.formats.pipeline import load_pipeline
 from sbv2_jax.data.prompts import describe_cut, notes_of, open_prompts
 from sbv2_jax.data.text_prompts import clean_text
-from sbv2_jax.diffusion.schedule import is_guided
+from sbv2_jax.diffusion.samplers import settled
+from sbv2_jax.diffusion.schedule import is_guided, make_schedule
 from sbv2_jax.errors import InputError
 from sbv2_jax.generate.inference import check_numbers, check_prompts, load
 from sbv2_jax.generate.pictures import save_png, tile
@@ -33,14 +35,15 @@ def draw(
     num: int,
     seed: int,
     noise_file: str | None,
-    steps: int,
+    steps: int | None,
     guidance: float,
-    sampler: str,
+    sampler: str | None,
     batch_size: int,
 ) -> None:
     """Draws `num` pictures for each prompt and writes them to a .png file, or as 00000.png ... to a directory.
 
-    The picture of a prompt depends on the prompt, its place and the seed. Pictures that a directory already
+    The picture of a prompt depends on the prompt, its place and the seed. Without `steps` and `sampler` a student draws
+    in its own. Pictures that a directory already
     holds are kept, so a run that was interrupted goes on where it stopped; `settings.json` beside them says what
     they were drawn from, and with anything else the directory is refused.
     Raises InputError for bad input before anything is written.
@@ -52,6 +55,14 @@ def draw(
     check_prompts(given)
     texts = [text for text in given for _ in range(num)]
     noise = _read_noise(noise_file, len(texts)) if noise_file else None
+    path = Path(out)
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    if suffix in _OTHER_PICTURES:
+        raise InputError(f"--out={out}: only .png files are written")
+    one_file = suffix == ".png"
+    _require_writable(path.parent if one_file else path, out)
+    if steps is None or sampler is None:
+        steps, sampler = settled(make_schedule(load_pipeline(model).schedule_config), steps, sampler)
     settings = {
         "model": model,
         "prompts": hashlib.sha256(json.dumps(given).encode()).hexdigest(),
@@ -62,12 +73,6 @@ def draw(
         "guidance": guidance if is_guided(guidance) else 1.0,
         "sampler": sampler,
     }
-    path = Path(out)
-    suffix = "" if path.is_dir() else path.suffix.lower()
-    if suffix in _OTHER_PICTURES:
-        raise InputError(f"--out={out}: only .png files are written")
-    one_file = suffix == ".png"
-    _require_writable(path.parent if one_file else path, out)
     if not one_file:
         _require_same(path, settings)
 
@@ -123,7 +128,7 @@ def _read_noise(path: str, count: int) -> np.ndarray:
             noise = np.lib.format.read_array(file)  # np.load would also open an .npz
     except (OSError, ValueError) as error:
         raise InputError(f"--noise={path}: {error}") from error
-    right = noise.ndim == 4 and len(noise) == count and noise.dtype == np.float32
+    right = noise.ndim in (4, 5) and len(noise) == count and noise.dtype == np.float32
     if not right or not np.isfinite(noise).all():
         raise InputError(
             f"--noise={path}: it is {noise.dtype} {noise.shape}: finite float32 [{count}, h, w, c] is expected"

@@ -15,8 +15,7 @@ from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline, save_pipeline
 from sbv2_jax.diffusion import samplers
 from sbv2_jax.diffusion.schedule import Schedule, ScheduleConfig, is_guided, make_schedule
-from sbv2_jax.distill.random_numbers import initial_noise
-from sbv2_jax.distill.student import rollout
+from sbv2_jax.distill.random_numbers import further_noise, initial_noise
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.conditions import Text, TextEncoder, join_towers, like, split_towers
 from sbv2_jax.models.network import Network
@@ -53,10 +52,11 @@ def generate(
     input_ids: jax.Array,
     null_ids: jax.Array,
     noise: jax.Array,
+    again: jax.Array | None = None,
     *,
-    steps: int = 1,
+    steps: int | None = None,
     guidance: float = 1.0,
-    sampler: str = "dpm",
+    sampler: str | None = None,
 ) -> jax.Array:
     """Returns pictures, float32 [B, H, W, 3] in [0, 1], from token ids and noise [B, h, w, c].
 
@@ -64,7 +64,7 @@ def generate(
     """
     settings = {"steps": steps, "guidance": guidance, "sampler": sampler}
     return decode(
-        generator, params.vae, draw_latents(generator, params, input_ids, null_ids, noise, **settings)
+        generator, params.vae, draw_latents(generator, params, input_ids, null_ids, noise, again, **settings)
     )
 
 
@@ -74,17 +74,20 @@ def draw_latents(
     input_ids: jax.Array,
     null_ids: jax.Array,
     noise: jax.Array,
+    again: jax.Array | None = None,
     *,
-    steps: int = 1,
+    steps: int | None = None,
     guidance: float = 1.0,
-    sampler: str = "dpm",
+    sampler: str | None = None,
 ) -> jax.Array:
     """Returns scaled latents, float32 [B, h, w, c], from token ids and noise of that shape; no autoencoder is read.
 
     Token ids are [B, S], or [B, 2, S] for SDXL's two towers; the picture's size, which SDXL is told, is that of the
     noise. One step predicts x0 at the last timestep, as a distilled student does; more integrate with "ddim" or
-    "dpm" (`samplers.sample`). `null_ids` is the empty prompt, [S] or [2, S], read where `guidance`
-    is over 1; 1 and less are none, as in diffusers.
+    "dpm" (`samplers.sample`), or go on from x0 with "lcm" as a student of few steps does (`samplers.few_steps`), for
+    which `again` is the noise of each further step, [B, steps - 1, h, w, c]. Without `steps` and `sampler` a student
+    draws in its own, any other in one (`samplers.settled`). `null_ids` is the empty prompt, [S] or [2, S], read where
+    `guidance` is over 1; 1 and less are none, as in diffusers.
     Pure: the generator and the keyword arguments are static under `jax.jit`.
     """
     dtype = params.unet["conv_in.kernel"].dtype
@@ -94,15 +97,17 @@ def draw_latents(
 
     encoder, latent_shape = generator.text_encoder, noise.shape[1:]
     text = cast(encoder.apply(params.text_encoder, input_ids, latent_shape), dtype)
-    if steps == 1 and not is_guided(guidance):
-        return rollout(generator.unet, generator.schedule, params.unet, noise, text, dtype=dtype)
     null = text
     if is_guided(guidance):
         null = like(cast(encoder.null(params.text_encoder, null_ids, latent_shape), dtype), text)
     denoise = samplers.guided(predict, text, null, guidance)
-    if steps == 1:
-        return samplers.one_step(denoise, generator.schedule, noise, dtype)
-    return samplers.sample(denoise, generator.schedule, noise, steps=steps, sampler=sampler, dtype=dtype)
+    schedule = generator.schedule
+    steps, sampler = samplers.settled(schedule, steps, sampler)
+    if sampler == "lcm" or steps == 1:
+        last = (schedule.num_timesteps - 1,)
+        timesteps = samplers.few_timesteps(schedule, steps) if sampler == "lcm" else last
+        return samplers.few_steps(denoise, schedule, noise, again, timesteps, dtype)
+    return samplers.sample(denoise, schedule, noise, steps=steps, sampler=sampler, dtype=dtype)
 
 
 def decode(generator: Generator, vae: Params, latents: jax.Array) -> jax.Array:
@@ -134,34 +139,45 @@ class Pipeline:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         noise: np.ndarray | None = None,
-        steps: int = 1,
+        steps: int | None = None,
         guidance: float = 1.0,
-        sampler: str = "dpm",
+        sampler: str | None = None,
     ) -> np.ndarray:
         """Returns one picture for each prompt, uint8 [B, H, W, 3].
 
         A picture depends on its prompt, the seed and its index (its place in the list, or `indices`), whatever
-        the size of the batch. `noise`, float32 [B, h, w, c], replaces the seed. A `guidance` of 1 or less is none,
-        as in diffusers.
+        the size of the batch. `noise`, float32 [B, h, w, c], replaces the seed; what "lcm" adds at further steps is of
+        the seed and the index still, unless noise is [B, steps, h, w, c]. Without `steps` and `sampler` a student draws
+        in its own. A `guidance` of 1 or less is none, as in diffusers.
         Raises InputError for an empty prompt, for noise of another shape, dtype or with NaN, and for a number that
         `check_numbers` refuses.
         """
         check_prompts(prompts)
         check_numbers(seed=seed, steps=steps, guidance=guidance)
-        shape = (len(prompts), *self.latent_shape)
+        steps, sampler = self.settled(steps, sampler)
+        indices = range(len(prompts)) if indices is None else indices
+        shape, again = (len(prompts), *self.latent_shape), None
         if noise is None:
-            noise = initial_noise(
-                seed, range(len(prompts)) if indices is None else indices, self.latent_shape
-            )
-        elif noise.shape != shape or noise.dtype != np.float32 or not np.isfinite(noise).all():
-            raise InputError(
-                f"noise is {noise.dtype} {noise.shape}: finite float32 {shape} is expected, one for each prompt"
-            )
+            noise = initial_noise(seed, indices, self.latent_shape)
+        else:
+            wanted = shape if noise.ndim == 4 or sampler != "lcm" else (shape[0], steps, *shape[1:])
+            if noise.shape != wanted or noise.dtype != np.float32 or not np.isfinite(noise).all():
+                raise InputError(
+                    f"noise is {noise.dtype} {noise.shape}: finite float32 {wanted} is expected, one for each prompt"
+                )
+            if noise.ndim > 4:
+                noise, again = noise[:, 0], noise[:, 1:]
+        if sampler == "lcm" and again is None:
+            again = further_noise(seed, indices, self.latent_shape, steps - 1)
         scale = float(guidance) if is_guided(guidance) else 1.0  # one program for all that are none
         images = self._generate(steps, scale, sampler)(
-            self.params, self.tokenizer.encode(prompts), self.tokenizer.encode([""])[0], noise
+            self.params, self.tokenizer.encode(prompts), self.tokenizer.encode([""])[0], noise, again
         )
         return to_uint8(images)
+
+    def settled(self, steps: int | None, sampler: str | None) -> tuple[int, str]:
+        """Returns the steps and the sampler of a call that leaves them open: a student's own, as `samplers.settled`."""
+        return samplers.settled(self.generator.schedule, steps, sampler)
 
     def save_pretrained(self, directory: str | Path, *, dtype: Any = "float32") -> None:
         """Writes the pipeline, with the weights in `params`, as a directory that diffusers loads.
@@ -192,7 +208,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise InputError(f"prompt {number} of {len(prompts)} is empty")
 
 
-def check_numbers(*, seed: int, steps: int, guidance: float) -> None:
+def check_numbers(*, seed: int, steps: int | None, guidance: float) -> None:
     """Raises InputError for a seed that is not of 32 bits, and for steps or a guidance that are no such numbers.
 
     The -1 by which other programs mean any seed is refused: the same call draws the same picture.
@@ -201,7 +217,7 @@ def check_numbers(*, seed: int, steps: int, guidance: float) -> None:
         raise InputError(
             f"seed={seed!r}: a whole number from 0 to {2**32 - 1} is expected; none stands for any"
         )
-    if not _is_whole(steps) or steps < 1:
+    if steps is not None and (not _is_whole(steps) or steps < 1):
         raise InputError(f"steps={steps!r}: a whole number >= 1 is expected")
     real = isinstance(guidance, int | float | np.number) and not isinstance(guidance, bool)
     if not real or not math.isfinite(guidance):

@@ -11,7 +11,8 @@ from jax.extend import core
 def count_flops(function: Callable, *args: Any) -> float:
     """Returns the FLOPs of all dense products and convolutions of a function of arrays or shapes.
 
-    What is computed again in a backward pass counts again; attention must be XLA's, for a kernel hides its own.
+    What is computed again in a backward pass counts again; attention must be XLA's, for a kernel hides its own. Of
+    branches the mean counts: so it is what the steps of a student of several take on average, each drawn as often.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -31,6 +32,8 @@ def _of_equation(equation: core.JaxprEqn) -> float:
         # All but the output's features are summed over.
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / features
+    if name == "cond":
+        return sum(map(_of_jaxpr, _inner(params))) / len(params["branches"])
     times = params["length"] if name == "scan" else 1
     return times * sum(_of_jaxpr(inner) for inner in _inner(params))
 

@@ -149,9 +149,18 @@ def _compile_generate(run: Run, layout: Layout, programs: Recorded) -> Program:
     count = layout.mesh.size
     ids = abstract_batch(count, run, layout.mesh)["input_ids"]
     null_ids = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype, sharding=whole)
-    noise = jax.ShapeDtypeStruct((count, *run.method.latent_shape), jnp.float32, sharding=batch)
+
+    def noise(*further: int) -> jax.ShapeDtypeStruct:
+        shape = (count, *further, *run.method.latent_shape)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch)
+
+    steps = len(run.method.student.timesteps)
+    noises = (noise(), noise(steps - 1)) if steps > 1 else (noise(),)
     programs.run(
-        "generate", functools.partial(inference.generate, generator), params, ids, null_ids, noise, out=batch
+        "generate",
+        functools.partial(inference.generate, generator),
+        *(params, ids, null_ids, *noises),
+        out=batch,
     )
     return _programs(programs, params)["generate"]
 

@@ -37,6 +37,7 @@ FORMER = {
     "reward.tau": 0.3,
     "reward.weight": 0.0,
     "score.weighting": "epsilon",
+    "student.timesteps": [],
     "terms": ["vsd", "clip"],
 }
 

@@ -5,7 +5,19 @@ silent, SwiftBrush's published code. docs/results.md sets them beside the paper'
 """
 
 from sbv2_jax.devices.rules import DEFAULT_RULES
-from sbv2_jax.fields import Field, either, number, number_or_range, one_of, regex, rules, strings, text, whole
+from sbv2_jax.fields import (
+    Field,
+    either,
+    falling,
+    number,
+    number_or_range,
+    one_of,
+    regex,
+    rules,
+    strings,
+    text,
+    whole,
+)
 
 FIELDS: dict[str, Field] = {
     "steps": Field(
@@ -50,6 +62,12 @@ FIELDS: dict[str, Field] = {
         "full", one_of("full", "lora"), '"full" trains every weight, "lora" trains low-rank updates of some.'
     ),
     "student.lr": Field(1e-6, number(0, above=True), "Learning rate of the student, full or LoRA."),
+    "student.timesteps": Field(
+        (),
+        falling,
+        "The timesteps at which the student predicts x0, its steps in generation: () is the last alone, one step; "
+        "(999, 499) and (999, 749, 499, 249) are two and four. Training draws one of them for each step.",
+    ),
     "student.lora.rank": Field(256, whole(1), 'Rank of the student\'s LoRA, in "lora" mode.'),
     "student.lora.alpha": Field(512.0, number(0, above=True), "The LoRA's update is scaled by alpha / rank."),
     "student.lora.targets": Field(

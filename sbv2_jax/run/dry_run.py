@@ -54,13 +54,24 @@ def dry_run(config: ConfigDict, run: Run) -> str:
 
 
 def _further(run: Run, batch_size: int) -> list[str]:
-    """Returns a line for each player that a step updates more than once, and for each term with rows of its own."""
-    return [
-        f"{player.updates} {player.name} updates a step, {player.updates - 1} of them on "
-        f"{(player.updates - 1) * batch_size} further prompts and samples"
-        for player in run.method.followers
-        if player.updates > 1
-    ] + [
-        f"{rows.count} of the {batch_size} rows of a batch are filled for the term {name!r} ({rows.field})"
-        for name, rows in run.method.rows.items()
+    """Returns a line for each player that a step updates more than once, for each term with rows of its own,
+    and for a student of several steps."""
+    timesteps = run.method.student.timesteps
+    earlier = len(timesteps) - 1
+    few = [
+        f"student of {len(timesteps)} steps, at {', '.join(map(str, timesteps))}: of 0 to {earlier} of them before the "
+        f"one that is trained, {earlier / 2:g} on average, a step takes a forward without gradient"
     ]
+    return (
+        few * (earlier > 0)
+        + [
+            f"{player.updates} {player.name} updates a step, {player.updates - 1} of them on "
+            f"{(player.updates - 1) * batch_size} further prompts and samples"
+            for player in run.method.followers
+            if player.updates > 1
+        ]
+        + [
+            f"{rows.count} of the {batch_size} rows of a batch are filled for the term {name!r} ({rows.field})"
+            for name, rows in run.method.rows.items()
+        ]
+    )

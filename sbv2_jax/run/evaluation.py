@@ -13,6 +13,7 @@ from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.convert.formats.pipeline import load_pipeline
 from sbv2_jax.convert.merge import merged, require_mergeable
 from sbv2_jax.convert.model import Model
+from sbv2_jax.diffusion.samplers import SAMPLERS
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate import curves, report, sources
@@ -39,7 +40,7 @@ def run(
     steps: str,
     guidance: str,
     weight: str,
-    sampler: str,
+    sampler: str | None,
     seeds: Sequence[int],
     batch_size: int,
     out: Path,
@@ -48,11 +49,12 @@ def run(
 ) -> None:
     """Measures models and folders of pictures by a protocol, prints the table, and writes the report to `out`.
 
-    Models are drawn with every setting of a sweep and every seed; the folder 'real' stands for `real`, real pictures
-    of the protocol's own prompts. Killed and called again, it goes on, and ends in the same report.
+    Models are drawn with every setting of a sweep and every seed, students in their own steps where `steps` is empty;
+    the folder 'real' stands for `real`, real pictures of the protocol's own prompts. Killed and called again, it goes
+    on, and ends in the same report.
     Raises InputError for what is wrong with the input, before a picture is drawn.
     """
-    numbers = {"steps": values(steps, int), "guidance": values(guidance, float)}
+    numbers = {"steps": values(steps, int) if steps else (None,), "guidance": values(guidance, float)}
     _check_numbers(numbers)
     asked = [_spec(model, numbers, sampler) for model in models]
     weights = values(weight, float) if merge else ()
@@ -110,7 +112,7 @@ def _of_folder(folder: str, protocol: Protocol, real: Pictures | None) -> Source
     return sources.of_pictures("real", real)
 
 
-def _spec(text: str, numbers: Mapping[str, tuple], sampler: str) -> dict[str, Any]:
+def _spec(text: str, numbers: Mapping[str, tuple], sampler: str | None) -> dict[str, Any]:
     """Reads PATH[,steps=N][,guidance=W][,sampler=NAME][,step=N][,which=ema|student]."""
     name, *given = text.split(",")
     spec = {"model": name, **numbers, "sampler": sampler, "step": None, "which": None}
@@ -125,8 +127,8 @@ def _spec(text: str, numbers: Mapping[str, tuple], sampler: str) -> dict[str, An
         elif key == "step":
             value = values(value, int)[0]
         spec[key] = value
-    if spec["sampler"] not in ("ddim", "dpm"):
-        raise InputError(f"--model={text}: the sampler is 'ddim' or 'dpm'")
+    if spec["sampler"] not in (None, *SAMPLERS):
+        raise InputError(f"--model={text}: the sampler is one of {', '.join(map(repr, SAMPLERS))}")
     if spec["which"] not in (None, "student", "ema"):
         raise InputError(f"--model={text}: which is 'student' or 'ema'")
     _check_numbers(spec)

@@ -10,10 +10,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sbv2_jax.checkpoint.manifest import best_step
-from sbv2_jax.convert.formats.pipeline import save_pipeline
+from sbv2_jax.convert.formats.pipeline import diffusers_arguments, save_pipeline
 from sbv2_jax.convert.lora.write import save_lora
 from sbv2_jax.convert.model import Model, save_model
 from sbv2_jax.devices import processes
+from sbv2_jax.diffusion.schedule import FEW_STEPS
 from sbv2_jax.distill.state import TrainState
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.build import Run
@@ -25,7 +26,7 @@ _EXPORT_SECONDS = 3600
 
 
 def export_student(run: Run, state: TrainState, directory: Path) -> None:
-    """Writes the student, averaged where the run keeps an average, as a pipeline for one step in diffusers.
+    """Writes the student, averaged where the run keeps an average, as a pipeline for its steps in diffusers.
 
     The other parts are the teacher's. All weights are float32; a LoRA is merged into its base in
     float32. An older export of the same run is replaced. Process 0 writes, and the others wait for it: one that
@@ -41,6 +42,7 @@ def export_student(run: Run, state: TrainState, directory: Path) -> None:
             run.parts,
             lora_scale=run.method.student.lora_scale,
             side=run.method.latent_shape[0],
+            timesteps=run.method.student.timesteps,
         )
 
     _write_by_one(student, directory)
@@ -71,11 +73,21 @@ def _write_by_one(student: Callable[[], Model], directory: Path) -> None:
             if jax.process_index() == 0:
                 scratch = directory.with_name(f".{directory.name}.new")
                 shutil.rmtree(scratch, ignore_errors=True)
-                save_model(scratch, student())
+                model = student()
+                save_model(scratch, model)
                 shutil.rmtree(directory, ignore_errors=True)
                 scratch.rename(directory)
+                _tell(directory, model)
         finally:
             ocp.multihost.sync_global_processes("exported", timeout=_EXPORT_SECONDS, processes=everyone)
+
+
+def _tell(directory: str | Path, student: Model) -> None:
+    """Says how diffusers draws with a student of other than one step."""
+    if student.scheduler["_class_name"] == FEW_STEPS:
+        print(
+            f"{directory}: in diffusers, pipe(prompt, {diffusers_arguments(student.scheduler)})", flush=True
+        )
 
 
 def export_checkpoint(
@@ -110,6 +122,7 @@ def export_checkpoint(
         return found
     found, student = student_of(run, step=step, which=which, base=base, init=init)
     save_model(out, student, dtype=dtype)
+    _tell(out, student)
     return found
 
 

@@ -12,30 +12,33 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ml_collections import ConfigDict
 
 from sbv2_jax.checkpoint.manifest import flatten
+from sbv2_jax.convert.formats.files import read_json
+from sbv2_jax.convert.formats.pipeline import component_dir, diffusers_arguments
 from sbv2_jax.convert.formats.resolve import is_hub_id
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.log import METRICS
 from sbv2_jax.run.trained import kept_student, read_run
 
 PICTURE = "samples.png"
+_ONE_STEP = "num_inference_steps=1, guidance_scale=0"
 _CARD = """\
 ---
 library_name: diffusers
 pipeline_tag: text-to-image
 {base_model}tags:
-- one-step
+- {steps}-step
 - swiftbrush
 - sbv2_jax
 ---
 
 # {name}
 
-A one-step text-to-image generator, distilled from {teacher} with sbv2_jax by the method of *SwiftBrush v2* (Dao et
-al., 2024): {weights} at step {step}. One call of the UNet makes a picture.
+A {steps}-step text-to-image generator, distilled from {teacher} with sbv2_jax by the method of *SwiftBrush v2* (Dao et
+al., 2024): {weights} at step {step}. {calls}.
 
 ```python
 pipe = diffusers.DiffusionPipeline.from_pretrained("{repository}")
-pipe("{prompt}", num_inference_steps=1, guidance_scale=0).images[0]
+pipe("{prompt}", {arguments}).images[0]
 ```
 
 ```python
@@ -87,7 +90,13 @@ def write_card(
     picture = _last_picture(run, step)
     if picture is not None:
         shutil.copyfile(picture, directory / PICTURE)
-    text = _card(repository, config, step, which or kept_student(config), _last_metrics(run, step), picture)
+    timesteps, arguments = config.student.get("timesteps", ()), _ONE_STEP
+    if timesteps:
+        values = read_json(component_dir(directory, "scheduler") / "scheduler_config.json")
+        arguments = diffusers_arguments(values)
+    weights = "the averaged student" if (which or kept_student(config)) == "ema" else "the student"
+    told = {"steps": len(timesteps) or 1, "arguments": arguments, "weights": weights}
+    text = _card(repository, config, step, told, _last_metrics(run, step), picture)
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -115,19 +124,25 @@ def _card(
     repository: str,
     config: ConfigDict,
     step: int,
-    which: str,
+    told: Mapping[str, Any],
     metrics: Mapping[str, float],
     picture: Path | None,
 ) -> str:
     teacher = _public(config.teacher)
     prompts = config.sample.prompts if "sample" in config else ()
+    count = told["steps"]
     lines = [f"| {name} | {value:.4g} |" for name, value in metrics.items() if value is not None]
     return _CARD.format(
         base_model=f"base_model: {teacher.partition('@')[0]}\n" if is_hub_id(config.teacher) else "",
         name=repository.split("/")[1],
         repository=repository,
         teacher=teacher,
-        weights="the averaged student" if which == "ema" else "the student",
+        weights=told["weights"],
+        steps="one" if count == 1 else count,
+        calls="One call of the UNet makes a picture"
+        if count == 1
+        else f"{count} calls of the UNet make a picture",
+        arguments=told["arguments"],
         step=step,
         prompt=(prompts[0] if prompts else "a red apple").replace('"', "'"),
         picture=f"\n![Teacher and student, the same prompts and noise]({PICTURE})\n" if picture else "",

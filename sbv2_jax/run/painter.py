@@ -8,8 +8,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.devices.sharding import batch_sharding, shardings
+from sbv2_jax.diffusion.samplers import settled
 from sbv2_jax.distill.state import Frozen, TrainState
-from sbv2_jax.generate.inference import Generator, GeneratorParams, generate, initial_noise, to_uint8
+from sbv2_jax.generate.inference import (
+    Generator,
+    GeneratorParams,
+    further_noise,
+    generate,
+    initial_noise,
+    to_uint8,
+)
 from sbv2_jax.models import lora
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
@@ -54,23 +62,42 @@ class Painter:
         self, weights: Params, prompts: Sequence[str], seed: int, rows: Sequence[int]
     ) -> np.ndarray:
         """Returns the student's picture of each prompt, uint8 [B, H, W, 3]: a function of seed, row and prompt."""
-        return self.draw(self._student, weights, prompts, self.noise(seed, rows))
+        return self.draw(self._student, weights, prompts, seed, rows)
 
     def draw(
-        self, generator: Generator, unet: Params, prompts: Sequence[str], noise: np.ndarray, **settings: float
+        self,
+        generator: Generator,
+        unet: Params,
+        prompts: Sequence[str],
+        seed: int,
+        rows: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float = 1.0,
     ) -> np.ndarray:
-        """Returns the picture of each prompt from its noise, uint8 [B, H, W, 3], in every process."""
+        """Returns the picture of each prompt from the noise of its row, uint8 [B, H, W, 3], in every process.
+
+        Without `steps` a student draws in its own.
+        """
+        steps, sampler = settled(generator.schedule, steps, None)
         params = GeneratorParams(unet=unet, text_encoder=self._frozen["text_encoder"], vae=self.vae)
-        rows = {"ids": self._tokenizer.encode(prompts), "noise": noise}
+        columns = {"ids": self._tokenizer.encode(prompts), "noise": self.noise(seed, rows)}
+        if sampler == "lcm" and steps > 1:
+            columns["again"] = self.further_noise(seed, rows, steps - 1)
+        settings = {"steps": steps, "guidance": guidance, "sampler": sampler}
         pictures = [
-            to_uint8(self._generate(generator, params, ids, self._null_ids, start, **settings))
-            for ids, start in self.parts(rows)
+            to_uint8(self._generate(generator, params, ids, self._null_ids, *noises, **settings))
+            for ids, *noises in self.parts(columns)
         ]
         return np.concatenate(pictures)[: len(prompts)]
 
     def noise(self, seed: int, rows: Sequence[int]) -> np.ndarray:
         """Returns the noise of rows, float32 [B, h, w, c], on the host."""
         return np.asarray(initial_noise(seed, rows, self._run.method.latent_shape))
+
+    def further_noise(self, seed: int, rows: Sequence[int], count: int) -> np.ndarray:
+        """Returns the noise of `count` further steps of rows, float32 [B, count, h, w, c], on the host."""
+        return np.asarray(further_noise(seed, rows, self._run.method.latent_shape, count))
 
     def parts(self, rows: Mapping[str, np.ndarray]) -> Iterator[tuple[jax.Array, ...]]:
         """Yields arrays of a row for each picture, split over the devices, as many rows as are drawn at a time."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from sbv2_jax.diffusion.schedule import add_noise, classifier_free_guidance, rounded, to_x0
 from sbv2_jax.distill.score import Score
 from sbv2_jax.distill.state import Frozen, TrainState
+from sbv2_jax.distill.student import rollout
 from sbv2_jax.generate.inference import decode
 from sbv2_jax.models.conditions import like
 from sbv2_jax.run.build import Run
@@ -34,18 +35,26 @@ def predicted(
     ids: jax.Array,
     z: jax.Array,
     noise: jax.Array,
+    again: jax.Array | None = None,
+    *,
     at: Sequence[int],
 ) -> jax.Array:
     """Returns pictures, float32 [2, len(at), B, H, W, 3] in [0, 1]: the teacher's x0, then the score model's.
 
-    The student that is trained makes x of z, [B, h, w, C]; `noise` takes it to each timestep of `at`, from where both
-    predict x0 with the guidance of the run. One copy of each network is compiled, whatever `at` holds.
+    The student that is trained makes x of z, [B, h, w, C], one of several steps of `again` too; `noise` takes it to
+    each timestep of `at`, from where both predict x0 with the guidance of the run. One copy of each network is
+    compiled, whatever `at` holds.
     """
     method, score = run.method, run.method.players[Score.name]
     schedule = score.schedule
     text = method.text_encoder.apply(frozen["text_encoder"], ids, method.latent_shape)
     null = like(frozen["null_text"], text)
-    x = method.student.forward(state.student, frozen, z, text)
+    student = method.student
+    x = rollout(
+        *(student.network, student.schedule, student.weights(state.student, frozen), z, text, again),
+        dtype=student.compute_dtype,
+        lora_scale=student.lora_scale,
+    )
     weights = score.weights(state.players[Score.name].params, frozen)
 
     def x0(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

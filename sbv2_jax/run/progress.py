@@ -20,7 +20,7 @@ TEACHER_STEPS = 25
 
 
 class ProgressGrid:
-    """Draws `samples/step_NNNNNN.png`: the teacher in many steps and in one, the student in one, and what both see.
+    """Draws `samples/step_NNNNNN.png`: the teacher in many steps and in one, the student in its own, and what both see.
 
     The last columns are what teacher and score model take the student's noised samples for (`predictions`): where they
     agree, nothing trains the student any more.
@@ -37,15 +37,21 @@ class ProgressGrid:
         self._run, self._frozen, self._prompts, self._painter = run, frozen, prompts, painter
         count = len(prompts)
         self._ids = tokenizer.encode(prompts)
-        self._noise = painter.noise(run.seed, range(count))
+        self._noise = {"noise": painter.noise(run.seed, range(count))}
         # Another noise than the student's, whose samples remember their own.
-        self._added = painter.noise(run.seed, range(count, 2 * count))
+        self._noise["added"] = painter.noise(run.seed, range(count, 2 * count))
+        steps = len(run.method.student.timesteps)
+        if steps > 1:
+            self._noise["again"] = painter.further_noise(run.seed, range(count), steps - 1)
+        self._student = f"student, {steps} step{'s' if steps > 1 else ''}"
         teacher, weights = teacher_generator(run), painter.teacher()
         self._columns = {
             f"teacher, {TEACHER_STEPS} steps": painter.draw(
-                teacher, weights, prompts, self._noise, steps=TEACHER_STEPS, guidance=run.guidance
+                *(teacher, weights, prompts, run.seed, range(count)),
+                steps=TEACHER_STEPS,
+                guidance=run.guidance,
             ),
-            "teacher, 1 step": painter.draw(teacher, weights, prompts, self._noise),
+            "teacher, 1 step": painter.draw(teacher, weights, prompts, run.seed, range(count), steps=1),
         }
         self._times = times(run)
         self._predicted = jax.jit(
@@ -58,7 +64,7 @@ class ProgressGrid:
         student = self._painter.draw_student(
             weights, self._prompts, self._run.seed, range(len(self._prompts))
         )
-        columns = self._columns | {"student, 1 step": student}
+        columns = self._columns | {self._student: student}
         if self._times:
             columns |= self._predictions(state)
         with processes.together():
@@ -67,7 +73,7 @@ class ProgressGrid:
                 save_png(path, grid(columns, self._prompts, scale=max(1, 128 // side)))
 
     def _predictions(self, state: TrainState) -> dict[str, np.ndarray]:
-        rows = {"ids": self._ids, "noise": self._noise, "added": self._added}
+        rows = {"ids": self._ids, **self._noise}
         parts = [
             to_uint8(self._predicted(state, self._frozen, self._painter.vae, *inputs))
             for inputs in self._painter.parts(rows)

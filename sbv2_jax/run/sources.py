@@ -114,8 +114,15 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _facts(config: Any) -> dict[str, Any]:
-    """Returns the fields of a configuration that are not their defaults: one that a later version adds says nothing."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    """Returns the fields of a configuration that are not their defaults: one that a later version adds says nothing.
+
+    Nor does one that only pictures depend on.
+    """
+    fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if not field.metadata.get("of_pictures")
+    }
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     said = {name: value for name, value in fields.items() if value != defaults[name]}
     return {name: _facts(value) if dataclasses.is_dataclass(value) else value for name, value in said.items()}

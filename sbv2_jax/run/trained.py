@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sbv2_jax import checkpoint
 from sbv2_jax.checkpoint.manifest import flatten
 from sbv2_jax.convert.formats.component import Component, load_component
-from sbv2_jax.convert.formats.pipeline import one_step_scheduler
+from sbv2_jax.convert.formats.pipeline import student_scheduler
 from sbv2_jax.convert.lora.files import modules_of
 from sbv2_jax.convert.lora.fuse import require_fit
 from sbv2_jax.convert.lora.kinds import Lora
@@ -82,7 +82,12 @@ def student_of(
     lora = config.student.lora
     parts = read_parts(config)
     return found, model_of(
-        str(run), trained, parts, lora_scale=lora.alpha / lora.rank, side=latent_side(config, parts)
+        str(run),
+        trained,
+        parts,
+        lora_scale=lora.alpha / lora.rank,
+        side=latent_side(config, parts),
+        timesteps=tuple(config.student.get("timesteps", ())),
     )
 
 
@@ -92,7 +97,13 @@ def kept_student(config: ConfigDict) -> str:
 
 
 def model_of(
-    name: str, trained: dict[str, np.ndarray], parts: Parts, *, lora_scale: float, side: int
+    name: str,
+    trained: dict[str, np.ndarray],
+    parts: Parts,
+    *,
+    lora_scale: float,
+    side: int,
+    timesteps: tuple[int, ...],
 ) -> Model:
     """Returns a run's student, of these weights or factors of its LoRA, in the teacher's pipeline.
 
@@ -106,6 +117,7 @@ def model_of(
         schedule=parts.student_schedule,
         init=parts.student.directory,
         lora_scale=lora_scale,
+        timesteps=timesteps,
     )
 
 
@@ -128,8 +140,9 @@ def student_model(
     schedule: ScheduleConfig,
     init: Path,
     lora_scale: float,
+    timesteps: tuple[int, ...] = (),
 ) -> Model:
-    """Returns a student in the pipeline from which diffusers draws in one step.
+    """Returns a student in the pipeline from which diffusers draws in one step, or in its own few.
 
     Args:
       name: of the model.
@@ -138,6 +151,7 @@ def student_model(
       base: the pipeline that the other parts are taken from.
       config, schedule: of the student's UNet.
       init: the directory of the UNet that the student started from; read for a LoRA only.
+      timesteps: those of its steps, as `config.student.timesteps`.
 
     Raises InputError as `load_component` does, and for a LoRA that does not fit `init`.
     """
@@ -147,5 +161,10 @@ def student_model(
         require_fit(Lora(trained, dict.fromkeys(modules_of(trained), lora_scale)), start, str(init))
         merged = lora.merge(start, weights, lora_scale)
         weights = {leaf: np.asarray(array) for leaf, array in merged.items()}
-    scheduler = one_step_scheduler({"_class_name": "DDPMScheduler", **dataclasses.asdict(schedule)})
+    fields = {
+        field.name: getattr(schedule, field.name)
+        for field in dataclasses.fields(schedule)
+        if not field.metadata
+    }
+    scheduler = student_scheduler({"_class_name": "DDPMScheduler", **fields}, timesteps)
     return Model(name, Component(config, weights), base, scheduler)

@@ -6,9 +6,11 @@ from typing import Any
 from sbv2_jax.convert.formats.pipeline_directory import (
     PipelineParts,
     component_dir,
+    diffusers_arguments,
     one_step_scheduler,
     open_pipeline,
     read_schedule,
+    student_scheduler,
     write_pipeline,
 )
 from sbv2_jax.convert.formats.resolve import is_single_file, resolve
@@ -18,10 +20,12 @@ from sbv2_jax.errors import InputError
 __all__ = [
     "PipelineParts",
     "component_dir",
+    "diffusers_arguments",
     "load_pipeline",
     "one_step_scheduler",
     "read_schedule",
     "save_pipeline",
+    "student_scheduler",
 ]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from sbv2_jax.convert.formats.files import (
     write_json,
 )
 from sbv2_jax.convert.formats.side_files import copy_clip_files, tokenizer_files, write_preprocessor
-from sbv2_jax.diffusion.schedule import ScheduleConfig
+from sbv2_jax.diffusion.few_steps import ORIGINAL_STEPS, original_steps_of
+from sbv2_jax.diffusion.schedule import FEW_STEPS, ScheduleConfig
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.config import ModelConfig
@@ -180,6 +181,36 @@ def one_step_scheduler(values: Mapping[str, Any]) -> dict[str, Any]:
         "thresholding": False,
         "variance_type": "fixed_small",
     }
+
+
+def student_scheduler(values: Mapping[str, Any], timesteps: Sequence[int]) -> dict[str, Any]:
+    """Returns the scheduler_config.json with which diffusers draws as a student of these timesteps does.
+
+    Of the last alone, or of none, it is `one_step_scheduler`. Of others it is that of an LCMScheduler with boundary
+    scalings too small to count, which also holds the timesteps, under a name that diffusers passes over. How it is to
+    be called, `diffusers_arguments` says. Raises InputError as `ScheduleConfig` does.
+    """
+    one, last = one_step_scheduler(values), ScheduleConfig.from_dict(dict(values)).num_train_timesteps - 1
+    if tuple(timesteps) in ((), (last,)):
+        return one
+    del one["variance_type"]
+    few = {
+        "_class_name": FEW_STEPS,
+        "original_inference_steps": original_steps_of(timesteps, last + 1) or ORIGINAL_STEPS,
+        "timestep_scaling": 1e4,
+        "_timesteps": list(timesteps),
+    }
+    ScheduleConfig.from_dict(one | few)
+    return one | few
+
+
+def diffusers_arguments(scheduler: Mapping[str, Any]) -> str:
+    """Returns what diffusers' pipeline must be called with to draw as a student of this scheduler_config.json does."""
+    config = ScheduleConfig.from_dict(dict(scheduler))
+    timesteps, count = config.timesteps, len(config.timesteps) or 1
+    by_number = not timesteps or original_steps_of(timesteps, config.num_train_timesteps)
+    steps = f"num_inference_steps={count}" if by_number else f"timesteps={list(timesteps)}"
+    return f"{steps}, guidance_scale=0"
 
 
 def write_pipeline(
