@@ -29,6 +29,10 @@ def lcm_timesteps(num_timesteps: int, steps: int, original_steps: int) -> tuple[
     Of `original_steps` multiples of T // original_steps, less 1, about evenly spaced ones from the last down
     (Luo et al., 2023, Latent Consistency Models). Raises InputError where there are fewer than `steps`.
     """
+    if original_steps > num_timesteps:
+        raise InputError(
+            f"original_inference_steps={original_steps}: the schedule has {num_timesteps} timesteps"
+        )
     if not 1 <= steps <= original_steps:
         raise InputError(f"steps={steps}: this LCMScheduler gives 1 to {original_steps}")
     multiples = np.arange(original_steps, 0, -1) * (num_timesteps // original_steps) - 1

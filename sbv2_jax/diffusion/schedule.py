@@ -113,13 +113,14 @@ class ScheduleConfig:
         _require_one_of("timestep_spacing", self.timestep_spacing, (*TIMESTEP_SPACINGS, None))
         for name in ("num_train_timesteps", "steps_offset"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            if not _is_whole(value, 0):
                 raise InputError(f"{name}={value!r} is not a whole number")
         if self.num_train_timesteps == 0:
             raise InputError("num_train_timesteps=0: there is nothing to train on")
-        original = self.original_inference_steps
-        if original is not None and not 1 <= original <= self.num_train_timesteps:
-            raise InputError(f"original_inference_steps={original}: expected 1 to {self.num_train_timesteps}")
+        if self.original_inference_steps is not None and not _is_whole(self.original_inference_steps, 1):
+            raise InputError(
+                f"original_inference_steps={self.original_inference_steps!r} is not a whole number >= 1"
+            )
         check_timesteps(self.timesteps, self.num_train_timesteps, "_timesteps")
         for name in ("rescale_betas_zero_snr", "set_alpha_to_one"):
             if not isinstance(getattr(self, name), bool):
@@ -154,7 +155,7 @@ class ScheduleConfig:
         if reason := why_refused(values, cls.CLASSES, PREDICTION_TYPES):
             raise InputError(f"{source}: {reason}")
         known = {field.name for field in dataclasses.fields(cls) if not field.metadata}
-        wrong, ignored = [], cls.IGNORED
+        wrong, ignored = [], cls.IGNORED | {"original_inference_steps"}
         if class_name not in cls.CLASSES:
             wrong.append(f"_class_name={class_name!r} is not supported (one of {', '.join(cls.CLASSES)})")
         if class_name == FEW_STEPS:
@@ -374,6 +375,10 @@ def _require_float32(*arrays: jax.Array) -> None:
     for array in arrays:
         if array.dtype != jnp.float32:
             raise TypeError(f"schedule arithmetic is float32 only, got {array.dtype}: cast it explicitly")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _require_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
