@@ -4,10 +4,11 @@ import tiny_world
 import torch
 import torch_reference
 from tiny_world import World
-from torch_reference import integers
+from torch_reference import integers, nchw
 
 from sbv2_jax.convert.formats.names import params_to_torch
 from sbv2_jax.distill.gradients import FRESH
+from sbv2_jax.distill.student import Start
 from sbv2_jax.models.conditions import split_towers
 
 
@@ -17,6 +18,7 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
     method = torch_reference.Method(
         **predictions,
         total_steps=config.steps,
+        timesteps=world.run.method.student.timesteps,
         weighting=config.vsd.weighting,
         score_weighting=config.score.weighting,
         guidance=config.vsd.guidance,
@@ -63,6 +65,14 @@ def make_reference(world: World, predictions: dict[str, str]) -> torch_reference
         torch_reference.load(module, params_to_torch(params))
     reference.start()
     return reference
+
+
+def torch_start(z) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """Returns what PyTorch's student begins with: z, the noises of its later steps, how many are behind."""
+    if not isinstance(z, Start):
+        return nchw(z), [], 0
+    (taken,) = {*z.taken.tolist()}
+    return nchw(z.z), [nchw(z.again[:, number]) for number in range(z.again.shape[1])], taken
 
 
 def torch_ids(world: World) -> tuple[torch.Tensor, ...]:

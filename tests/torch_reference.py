@@ -22,6 +22,7 @@ class Method:
     """The numbers of the method; `lr`, `eps`, `weight_decay` and `clip_norm` are AdamW's and the clip's."""
 
     total_steps: int
+    timesteps: tuple[int, ...] = (999,)
     student_prediction: str = "epsilon"
     teacher_prediction: str = "epsilon"
     weighting: str = "sbv2"
@@ -148,10 +149,23 @@ class Reference:
         added = {"text_embeds": text[1], "time_ids": sizes}
         return unet(x_t, t, text[0], added_cond_kwargs=added).sample
 
-    def generate(self, z: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        """x = G(z, y): the x0 that the student sees in pure noise at the last timestep."""
-        t = torch.full((len(z),), self.student_process.last)
-        return self.student_process.x0(self.output(self.student, z, t, text), z, t)
+    def generate(self, start: tuple, text: tuple[Tensor, ...]) -> Tensor:
+        """x = G(z, y): the x0 that the student sees in pure noise at the last timestep.
+
+        `start` holds z, the noises of the later steps, and how many steps are simulated before the one that counts:
+        backward simulation (DMD2, section 4.5), each earlier x0 noised to the next timestep, without gradient.
+        """
+        x_t, again, taken = start
+
+        def x0(number: int) -> Tensor:
+            t = torch.full((len(x_t),), self.method.timesteps[number])
+            return self.student_process.x0(self.output(self.student, x_t, t, text), x_t, t)
+
+        for number in range(taken):
+            with torch.no_grad():
+                t = torch.full((len(x_t),), self.method.timesteps[number + 1])
+                x_t = self.student_process.noised(x0(number), again[number], t)
+        return x0(taken)
 
     def guided(self, unet, x_t: Tensor, t: Tensor, text: tuple, null: tuple, scale: float) -> Tensor:
         conditional = self.process.epsilon(self.output(unet, x_t, t, text), x_t, t)
@@ -221,19 +235,20 @@ class Reference:
     ) -> dict[str, float]:
         """Trains the score model on fresh samples, the student, the score model on its samples; returns the losses.
 
-        student_draw: z, noise, t. score_draw: noise, t and the mask of null prompts. fresh: for each update of the
-        score model on samples of its own the ids of the prompts, z, and a score_draw (DMD2's two time scales).
+        student_draw: the start of `generate`, noise, t. score_draw: noise, t and the mask of null prompts. fresh: for
+        each update of the score model on samples of its own the ids of the prompts, a start, and a score_draw (DMD2's
+        two time scales).
         """
-        z, noise, t = student_draw
+        start, noise, t = student_draw
         text, null = self.encode(ids), self.encode_null(empty_ids)
         score_losses = []
-        for fresh_ids, fresh_z, fresh_draw in fresh:
+        for fresh_ids, fresh_start, fresh_draw in fresh:
             fresh_text = self.encode(fresh_ids)
             with torch.no_grad():
-                fresh_x = self.generate(fresh_z, fresh_text)
+                fresh_x = self.generate(fresh_start, fresh_text)
             score_losses.append(self.score_loss(fresh_x, *fresh_draw, fresh_text, null))
             self.descend(self.score, score_losses[-1])
-        x = self.generate(z, text)
+        x = self.generate(start, text)
         loss, reported = self.student_loss(x, noise, t, text, null, clip_ids, index)
         self.descend(self.student, loss)
         decay = min(self.method.ema, (1 + index) / (10 + index))

@@ -3,7 +3,7 @@
 Each case is one run as `assemble` makes it, its `train_step` compiled once, and one `torch_reference.Reference`
 with the same weights and random numbers. Between them the cases have full and LoRA students, epsilon and v of
 student and of teacher, all weightings, all guidance scales, both decoders, several score updates, accumulation,
-and SDXL with both of its null conditions.
+students of few steps, and SDXL with both of its null conditions.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import tiny_world
 import torch
 import torch_reference
 from conftest import measured
-from step_reference import make_reference, torch_ids
+from step_reference import make_reference, torch_ids, torch_start
 from tiny_world import World
 from torch_reference import integers, nchw
 from toy_world import changed
@@ -76,6 +76,29 @@ CASES = {
         {"teacher_prediction": "v_prediction"},
         {},
     ),
+    "four steps, full, epsilon, two score updates": (
+        {
+            "seed": 5,
+            "student.timesteps": (999, 749, 499, 249),
+            "optimizer.clip_norm": 1e-3,  # of later steps the gradients are smaller, by a_t
+            "clip.weight": 3.0,
+            "score.updates_per_step": 2,
+        },
+        {},
+        {},
+    ),
+    "two steps, LoRA, v, dmd, two passes": (
+        {
+            "seed": 5,
+            "student.timesteps": (999, 499),
+            "student.mode": "lora",
+            "vsd.weighting": "dmd",
+            "clip.weight": 3.0,
+            "accumulate": 2,
+        },
+        {"student_prediction": "v_prediction", "teacher_prediction": "v_prediction"},
+        {},
+    ),
     "SDXL, full, v, zero null, two passes": (
         {"clip.weight": 0.4, "clip.decoder": "vae", "accumulate": 2},
         {"student_prediction": "v_prediction", "teacher_prediction": "v_prediction"},
@@ -101,13 +124,14 @@ class Both:
     theirs: list[dict]
     cosines: torch.Tensor
     clip_over_vsd: float
+    taken: list[int]
 
 
 def drawer(world: World) -> Callable:
     """Returns a function of key and step: our random numbers for PyTorch.
 
-    They are z, noise and t of the student, noise, t and the mask of null prompts of the score model, and for each
-    of its updates on fresh samples the prompts, z, and the three again.
+    They are the start, noise and t of the student, noise, t and the mask of null prompts of the score model, and for
+    each of its updates on fresh samples the prompts, a start, and the three again.
     """
     method, batch, frozen = world.run.method, world.config.batch_size, world.frozen
     prompts = world.batch.get(FRESH, np.zeros((0, *world.batch["input_ids"].shape), np.int32))
@@ -128,10 +152,14 @@ def drawer(world: World) -> Callable:
         (student, followers), fresh = draw(key, step)
         vsd = student.terms["vsd"]
         updates = [
-            (integers(ids), nchw(z), of_the_score(noise))
+            (integers(ids), torch_start(z), of_the_score(noise))
             for ids, (z, noise) in zip(prompts, fresh, strict=True)
         ]
-        return (nchw(student.z), nchw(vsd.noise), integers(vsd.t)), of_the_score(followers["score"]), updates
+        return (
+            (torch_start(student.z), nchw(vsd.noise), integers(vsd.t)),
+            of_the_score(followers["score"]),
+            updates,
+        )
 
     return draws
 
@@ -162,12 +190,14 @@ def both(request) -> Both:
     tau, cosines, clip_over_vsd = balance(reference, ids, draws(state.key, 0)[0])
     reference.method.tau = tau
     step = jax.jit(make_train_step(changed(method, clip__tau=tau)))
-    states, ours, theirs = [state], [as_torch(state)], []
+    states, ours, theirs, taken = [state], [as_torch(state)], [], []
     for index in range(STEPS):
         state, metrics = step(state, world.frozen, world.batch)
         states.append(state)
         ours.append(as_torch(state) | {"metrics": jax.tree.map(float, metrics)})
-        metrics = reference.step(index, *ids, *draws(state.key, index))
+        drawn = draws(state.key, index)
+        taken.append(drawn[0][0][2])
+        metrics = reference.step(index, *ids, *drawn)
         theirs.append(
             {
                 "student": torch_reference.weights(reference.student),
@@ -187,15 +217,16 @@ def both(request) -> Both:
         theirs=theirs,
         cosines=cosines,
         clip_over_vsd=clip_over_vsd,
+        taken=taken,
     )
 
 
 def balance(reference, ids, draws) -> tuple[float, torch.Tensor, float]:
     """Returns a tau between the first step's cosines, these, and the ratio of both losses' gradients then."""
-    z, noise, t = draws
+    start, noise, t = draws
     with torch.no_grad():
         text, null = reference.encode(ids[0]), reference.encode_null(ids[2])
-        x = reference.generate(z, text)
+        x = reference.generate(start, text)
     x.requires_grad_()
     method, cosines = reference.method, reference.cosines(x, ids[1])
     tau = cosines.sort().values[1:3].mean().item()
@@ -256,6 +287,9 @@ def test_of_the_case_itself_both_losses_pull_and_half_of_the_samples_are_clamped
     """Half above tau, half below: a clamp of the batch's mean would give another loss."""
     assert (both.cosines > both.reference.method.tau).sum() == 2
     assert 0.1 < both.clip_over_vsd < 10
+    few = len(both.world.run.method.student.timesteps)
+    assert max(both.taken) == few - 1, "the last of the student's steps is among those that are trained"
+    assert len({*both.taken}) == min(few, STEPS)
 
 
 def test_a_second_run_is_bit_identical(both):
