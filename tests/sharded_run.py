@@ -29,13 +29,20 @@ UNET = tiny_world.UNET | {
 }
 
 
+PAIRED = {
+    "terms": ("vsd", "regression"),
+    "pairs.path": "drawn at random",
+    "pairs.share": 0.25,
+    "pairs.weight": 2.0,
+}
+
+
 class Sharded:
     """One world, whose steps run over any mesh from the same initial state on the host."""
 
-    def __init__(self):
-        changes = {"batch_size": 16, "score.updates_per_step": 3, "terms": ("vsd", "regression")}
-        pairs = {"pairs.path": "drawn at random", "pairs.share": 0.25, "pairs.weight": 2.0}
-        self.world = tiny_world.make_world(changes | pairs, unet=UNET)
+    def __init__(self, changes: dict):
+        fields = {"batch_size": 16, "score.updates_per_step": 3} | (changes or PAIRED)
+        self.world = tiny_world.make_world(fields, unet=UNET)
         # Adam with an eps of the gradients' size: with 1e-8 rounding would decide the sign of the smallest.
         self.optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-3))
         self.method = with_optimizer(self.world.run.method, self.optimizer)
@@ -104,7 +111,7 @@ def held(state: TrainState) -> dict[str, float]:
     return {kind: part / whole for kind, (part, whole) in sizes.items()}
 
 
-def main(meshes: list[str], shapes: dict[str, list[int]]) -> None:
+def main(meshes: list[str], shapes: dict[str, list[int]], changes: dict) -> None:
     abstract = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
     grids = {name: sharding.make_mesh(*map(int, name.split("x"))) for name in meshes}
     out = {name: {} for name in ("errors", "moved", "again", "specs", "batch", "held")}
@@ -113,7 +120,7 @@ def main(meshes: list[str], shapes: dict[str, list[int]]) -> None:
         out["specs"][name] = {leaf: list(plan.spec) for leaf, plan in planned.items()}
 
     sharding.SMALLEST_SPLIT = SMALLEST_SPLIT
-    sharded = Sharded()
+    sharded = Sharded(changes)
     [(want, want_metrics, _)] = sharded.run(sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
     for name, mesh in grids.items():
         results = sharded.run(mesh, accumulate=2 if name == "1x2x4" else 1, runs=2)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from sbv2_jax.diffusion.schedule import ScheduleConfig, make_schedule
+from sbv2_jax.diffusion.schedule import Schedule, ScheduleConfig, make_schedule
 from sbv2_jax.distill.gradients import FRESH, fresh_inputs
 from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.random_numbers import keys_of_updates
@@ -113,6 +113,12 @@ class Toy:
     def train_step(self, jit: dict | None = None, **changes):
         """Returns the jitted step, with the method `changed` so, and arguments for `jax.jit`."""
         return jax.jit(make_train_step(changed(self.method, **changes)), **(jit or {}))
+
+
+def few_step_schedule(timesteps: tuple[int, ...]) -> Schedule:
+    """The schedule of a toy student of these timesteps."""
+    config = ScheduleConfig(prediction_type="v_prediction", timesteps=timesteps)
+    return make_schedule(config)
 
 
 def drawn_afresh(step, number, *, count, batch_size=BATCH, seed=0):

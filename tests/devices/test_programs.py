@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative_error
-from toy_world import Toy, changed
+from toy_world import Toy, changed, few_step_schedule
 
 from sbv2_jax.devices.programs import Separate
 from sbv2_jax.devices.rules import DEFAULT_RULES
@@ -22,7 +22,11 @@ STAGES = {
 FRESH_STAGES = {"score fresh", "student samples"}
 
 
-@pytest.fixture(scope="module", params=[{"ema": 0.9}, CHANGES], ids=["plain", "loops"])
+# A student of four steps; with the seed below none of them and two of them come before the one that is trained.
+FEW = CHANGES | {"student__schedule": few_step_schedule((999, 749, 499, 249))}
+
+
+@pytest.fixture(scope="module", params=[{"ema": 0.9}, CHANGES, FEW], ids=["plain", "loops", "few steps"])
 def both(request):
     """The state and metrics after three steps of one program, then of stages; and the stages' programs."""
     toy = Toy()
@@ -46,7 +50,8 @@ def both(request):
         for _ in range(3):
             state, metrics = step(state, frozen, jax.device_put(batch, placed))
         results.append((state, metrics))
-    return *results, planned, programs, STAGES | (FRESH_STAGES if further else set())
+    few = {"student steps"} if request.param is FEW else set()
+    return *results, planned, programs, STAGES | few | (FRESH_STAGES if further else set())
 
 
 def test_stages_give_the_numbers_of_one_program(both):
