@@ -98,10 +98,14 @@ def few_steps(
     At each of the timesteps, which fall, the network predicts x0, which is noised to the next one with noise of its
     own, `again` float32 [B, len(timesteps) - 1, ...]; of one timestep it is that x0, and `again` is not read.
     `denoise`, noise and `dtype` are as for `sample`. Source: DMD2 (Yin et al., 2024), section 4.5; multistep
-    consistency sampling (Song et al., 2023, algorithm 1; Luo et al., 2023).
+    consistency sampling (Song et al., 2023, algorithm 1; Luo et al., 2023). Raises InputError for another `again`.
     """
     if len(timesteps) == 1:
         return x0_at(denoise, schedule, noise, jnp.full(noise.shape[:1], timesteps[0], jnp.int32), dtype)
+    if again is None or again.shape[:2] != (noise.shape[0], len(timesteps) - 1):
+        raise InputError(
+            f"a student of {len(timesteps)} steps takes the noise of its further ones, [B, {len(timesteps) - 1}, ...]"
+        )
     following = list(timesteps[1:])
     # After the last one x0 stays as it is.
     alpha = jnp.append(jnp.asarray(schedule.alpha)[jnp.asarray(following)], 1.0)

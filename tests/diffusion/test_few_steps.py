@@ -76,6 +76,15 @@ def test_sampling_equals_diffusers_with_the_same_noises(rng, monkeypatch, predic
     assert relative_error(got, x.numpy()) < 2e-4
 
 
+def test_noise_for_another_number_of_steps_is_refused(rng):
+    schedule, noise = make_schedule(ScheduleConfig()), rng.standard_normal((2, 4, 4, 3), np.float32)
+    for again in (None, noise[:, None]):
+        with pytest.raises(
+            InputError, match=r"of 3 steps takes the noise of its further ones, \[B, 2, ...\]"
+        ):
+            few_steps(lambda x, t: x, schedule, noise, again, (999, 499, 99))
+
+
 def test_what_a_call_leaves_open_is_what_the_file_says():
     def of(**values):
         return make_schedule(ScheduleConfig.from_dict(values))

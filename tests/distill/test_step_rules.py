@@ -87,6 +87,40 @@ def test_every_random_number_has_a_key_of_its_own():
         assert np.abs(np.corrcoef(other[0].ravel(), z.ravel())[0, 1]) < 0.08
 
 
+def test_a_student_of_several_steps_trains_each_of_them_as_often_and_with_noises_of_its_own():
+    schedule = toy_world.few_step_schedule((999, 749, 499, 249))
+    method = changed(Toy().method, student__schedule=schedule)
+    root = jax.random.key_data(jax.random.key(0))
+
+    @jax.jit
+    @jax.vmap
+    def drawn(step):
+        return random_numbers(method, root, step, 3)[0].z
+
+    start = drawn(jnp.arange(800))
+    assert np.all(start.taken == start.taken[:, :1]), "one for the whole batch"
+    assert np.abs(np.bincount(start.taken[:, 0], minlength=4) / 800 - 0.25).max() < 0.05
+    plain, _ = jax.jit(lambda: random_numbers(Toy().method, root, 5, 3))()
+    assert_same(plain.z, start.z[5])
+    noises = [start.z.ravel(), *(start.again[:, :, number].ravel() for number in range(3))]
+    assert np.abs(np.corrcoef(noises) - np.eye(4)).max() < 0.03
+    assert abs(start.again.mean()) < 0.01 and abs(start.again.std() - 1) < 0.01
+
+
+def test_of_one_timestep_the_program_is_that_of_the_one_step_student(toy):
+    """The last alone is the student as it was: no loop, no branch, and not a number more."""
+
+    def program(timesteps):
+        schedule = dataclasses.replace(toy.method.student.schedule, timesteps=timesteps)
+        method = changed(toy.method, student__schedule=schedule)
+        return str(jax.make_jaxpr(make_train_step(method))(toy.init(), toy.frozen, toy.batch))
+
+    one = program(())
+    assert program((999,)) == one
+    assert "cond[" not in one and "scan[" not in one
+    assert "cond[" in program((999, 499))
+
+
 def test_null_prompts_differ_within_a_batch():
     assert 0 < draw(score__null_prompt_probability=0.5)[2].null.sum() < BATCH
 
