@@ -17,6 +17,8 @@ _BODY = re.compile(r"body=%?([\w.\-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r" s32\[\][^ ]* constant\((\d+)\)")
 _FUSED = re.compile(r" fusion\(.*?calls=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TWO_BRANCHES = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:to_apply|calls)=%?([\w.\-]+)")
 
 
@@ -53,12 +55,13 @@ def largest_arrays(text: str, count: int) -> list[Buffer]:
 def collective_bytes(text: str) -> dict[str, int]:
     """Returns, for each kind of collective, the bytes of its results on one device in one run of the program.
 
-    A loop's body counts as often as it runs, by the constant that its condition compares with; the halves of an
-    asynchronous pair count once.
+    A loop's body counts as often as it runs, by the constant that its condition compares with; of branches the mean
+    counts, as in `count_flops`; the halves of an asynchronous pair count once.
     """
     limits: dict[str, int] = {}
     own: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    calls: dict[str, list[tuple[str, str]]] = defaultdict(list)  # the computation, and a loop's condition
+    # The computation, a loop's condition, and between how many branches the choice is.
+    calls: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
     computation, entry = "", ""
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
@@ -76,19 +79,27 @@ def collective_bytes(text: str) -> dict[str, int]:
         if limit := _CONSTANT.search(line):
             limits[computation] = max(int(limit[1]), limits.get(computation, 1))
         if body := _BODY.search(line):
-            calls[computation].append((body[1], _CONDITION.search(line)[1]))
+            calls[computation].append((body[1], _CONDITION.search(line)[1], 1))
+        elif branches := _branches(line):
+            calls[computation] += [(branch, "", len(branches)) for branch in branches]
         elif called := _CALLED.search(line):
-            calls[computation].append((called[1], ""))
-    totals: dict[str, int] = defaultdict(int)
+            calls[computation].append((called[1], "", 1))
+    totals: dict[str, float] = defaultdict(float)
 
-    def add(name: str, times: int) -> None:
+    def add(name: str, times: float) -> None:
         for kind, size in own[name].items():
             totals[kind] += times * size
-        for inner, condition in calls[name]:
-            add(inner, times * limits.get(condition, 1))
+        for inner, condition, among in calls[name]:
+            add(inner, times * limits.get(condition, 1) / among)
 
     add(entry, 1)
-    return dict(totals)
+    return {kind: round(total) for kind, total in totals.items()}
+
+
+def _branches(line: str) -> list[str]:
+    if several := _BRANCHES.search(line):
+        return [name.strip(" %") for name in several[1].split(",")]
+    return _TWO_BRANCHES.findall(line)
 
 
 def _bytes(array: re.Match) -> int:

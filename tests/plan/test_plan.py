@@ -136,6 +136,18 @@ def test_collectives_are_counted_with_the_trips_of_their_loops():
 
     assert collective_bytes(compiled(loop, x, w))["all-reduce"] == 7 * 64 * 256 * 4
 
+    def branches(x, w, count):
+        def body(total, number):
+            taken = number < count
+            return jax.lax.cond(
+                taken, lambda total: total + product(x * total[0, 0], w), lambda total: total, total
+            ), None
+
+        return jax.lax.scan(body, jnp.ones((64, 256)), jnp.arange(7))[0]
+
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    assert collective_bytes(compiled(branches, x, w, count))["all-reduce"] == 7 * 64 * 256 * 4 // 2
+
 
 def test_the_largest_arrays_are_named_by_what_makes_them():
     def function(x):
@@ -301,12 +313,32 @@ def test_the_flops_of_a_step_grow_by_those_of_each_further_update(world):
     )
 
 
+def test_the_flops_of_a_step_grow_by_the_steps_that_are_simulated_on_average(world):
+    """Of two steps half a forward of the student, of four one and a half; and so for the samples of each update."""
+
+    def flops(*timesteps, **changes):
+        config = tiny(world, **{"student.timesteps": timesteps, **changes})
+        run = assemble(config, read_parts(config))
+        return plan.step_flops(config, run), run
+
+    one, run = flops()
+    student, text = run.method.student, run.frozen_shapes["null_text"]
+    z = jax.ShapeDtypeStruct((16, *run.method.latent_shape), jnp.float32)
+    text = jax.tree.map(lambda null: jax.ShapeDtypeStruct((16, *null.shape), null.dtype), text)
+    forward = count_flops(student.forward, run.state_shapes.student, run.frozen_shapes, z, text)
+    assert flops(999, 499)[0] - one == forward / 2
+    assert flops(999, 749, 499, 249)[0] - one == 1.5 * forward
+    more = {"score.updates_per_step": 3}
+    assert flops(999, 499, **more)[0] - flops(**more)[0] == 1.5 * forward
+
+
 @pytest.mark.parametrize(
-    ("topology", "updates"), [("v4:2x2x1", 1), ("v5e:2x2", 3), ("v5p:2x2x1", 1), ("v6e:2x2", 1)]
+    ("topology", "updates", "timesteps"),
+    [("v4:2x2x1", 1, ()), ("v5e:2x2", 3, ()), ("v5p:2x2x1", 1, ()), ("v6e:2x2", 2, (999, 749, 499, 249))],
 )
-def test_a_step_compiles_for_a_topology(world, topology, updates):
-    config = tiny(world, **{"score.updates_per_step": updates})
-    if updates > 1:
+def test_a_step_compiles_for_a_topology(world, topology, updates, timesteps):
+    config = tiny(world, **{"score.updates_per_step": updates, "student.timesteps": timesteps})
+    if updates > 1 and not timesteps:
         config.terms = ("vsd", "regression")
         config.pairs.path = "pairs that are elsewhere"
     found = plan.compile_for(config, topology)
@@ -314,6 +346,7 @@ def test_a_step_compiles_for_a_topology(world, topology, updates):
     calls = {name: program.calls for name, program in found.programs.items()}
     assert calls["score forward"] == calls["score update"] == updates
     assert calls.get("student samples", 0) == updates - 1 and calls["student forward"] == 1
+    assert calls.get("student steps", 0) == (updates if timesteps else 0)
     held = (*layout.abstract, abstract_batch(16, run, layout.mesh))
     once = sum(bytes_per_device(leaf, leaf.sharding) for leaf in jax.tree.leaves(held))
     assert found.programs["begin"].need.arrays == once
