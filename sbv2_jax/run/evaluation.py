@@ -128,7 +128,7 @@ def _spec(text: str, numbers: Mapping[str, tuple], sampler: str | None) -> dict[
             value = values(value, int)[0]
         spec[key] = value
     if spec["sampler"] not in (None, *SAMPLERS):
-        raise InputError(f"--model={text}: the sampler is one of {', '.join(map(repr, SAMPLERS))}")
+        raise InputError(f"--model={text}: the sampler is 'ddim', 'dpm' or 'lcm'")
     if spec["which"] not in (None, "student", "ema"):
         raise InputError(f"--model={text}: which is 'student' or 'ema'")
     _check_numbers(spec)

@@ -251,7 +251,7 @@ def test_ranges_that_are_none_are_refused(text):
         (("--model=/nowhere",), "/nowhere does not exist"),
         (("--model={}/pipeline,step=3",), "step and which are of a run"),
         (("--model={}/pipeline,setps=3",), "did you mean steps?"),
-        (("--model={}/pipeline,sampler=euler",), "the sampler is 'ddim' or 'dpm'"),
+        (("--model={}/pipeline,sampler=euler",), "the sampler is 'ddim', 'dpm' or 'lcm'"),
         (("--model={}/pipeline,steps=0",), "steps=0: a whole number >= 1 is expected"),
         (("--merge={}/pipeline",), "two models are expected"),
         (("--merge={0}/pipeline,{0}/pipeline", "--steps=0"), "steps=0: a whole number >= 1 is expected"),
