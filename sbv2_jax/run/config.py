@@ -189,6 +189,11 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
         "config.terms has 'regression', which needs a config.pairs.path: launch/pairs.py makes the pairs",
     )
     yield (
+        "regression" in config.terms and len(config.student.timesteps) > 1,
+        f"config.student.timesteps = {config.student.timesteps!r} does not go with 'regression' in config.terms: "
+        "its pairs are of one step",
+    )
+    yield (
         config.pairs.path != "" and "regression" not in config.terms,
         f"config.pairs.path = {config.pairs.path!r} needs 'regression' in config.terms",
     )

@@ -54,8 +54,7 @@ def dry_run(config: ConfigDict, run: Run) -> str:
 
 
 def _further(run: Run, batch_size: int) -> list[str]:
-    """Returns a line for each player that a step updates more than once, for each term with rows of its own,
-    and for a student of several steps."""
+    """Returns a line for a student of several steps, each player with several updates, each term with own rows."""
     timesteps = run.method.student.timesteps
     earlier = len(timesteps) - 1
     few = [

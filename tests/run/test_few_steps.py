@@ -224,6 +224,18 @@ def test_timesteps_beyond_the_schedule_are_refused_and_the_last_alone_is_the_one
     assert schedules[0].timesteps == schedules[1].timesteps == ()
 
 
+def test_pairs_are_of_students_of_one_step(world):
+    config = default_config()
+    config.update(terms=("vsd", "regression"))
+    config.pairs.path = "runs/pairs"
+    validate(config)
+    config.student.timesteps = TWO
+    with pytest.raises(
+        InputError, match=r"config.student.timesteps = \(999, 499\) does not go with 'regression'"
+    ):
+        validate(config)
+
+
 def test_a_dry_run_tells_the_forwards_of_the_steps_before(world):
     config = config_of(world, **{"student.timesteps": FOUR})
     assert "student of 4 steps, at 999, 749, 499, 249: of 0 to 3" in dry_run(
