@@ -59,15 +59,16 @@ class MetricsLog:
         interval = 0.1 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(total=steps, initial=resume_step, unit="step", mininterval=interval)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any], end: float | None = None) -> None:
         """Records the scalars of one step, with `images_per_sec` since the step recorded before.
 
-        A value that is not finite is null in the JSON, which has no NaN.
+        `end` is when the step ended, by `time.monotonic`, if not just now. A value that is not finite is null in the
+        JSON, which has no NaN.
         """
         if self._file is None:
             return
         last_step, last_time = self._last
-        now = time.monotonic()
+        now = time.monotonic() if end is None else end
         self._last = (step, now)
         values = {name: float(value) for name, value in metrics.items()}
         values["images_per_sec"] = self._batch_size * (step - last_step) / max(now - last_time, 1e-9)

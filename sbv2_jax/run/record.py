@@ -45,7 +45,7 @@ class Record:
         if self._read is None:
             return
         (step, metrics), self._read = self._read, None
-        self._log.write(step, metrics | dict(figures or {}))
+        self._log.write(step, metrics | dict(figures or {}), self._end)
         self._guard.check(step, metrics)
 
     def catch_up(self) -> None:
