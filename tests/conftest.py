@@ -1,7 +1,9 @@
 """Settings of every test: the CPU, silent-broadcast errors, and the comparison that all parity tests use."""
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -65,6 +67,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("largest relative errors")
         for test, error in sorted(_FIGURES.items()):
             terminalreporter.write_line(f"{error:.1e}  {test.removeprefix('tests/')}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Lets go of what a file has compiled: kept to the end, it is several GiB for each worker."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
