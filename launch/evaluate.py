@@ -112,7 +112,7 @@ def main(given: Namespace) -> None:
         merge=given.merge,
         folders=given.pictures,
         real=real,
-        steps=given.steps or "",
+        steps=given.steps,
         guidance=given.guidance,
         weight=given.weight or "0:1:0.1",
         sampler=given.sampler,

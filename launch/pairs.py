@@ -3,59 +3,66 @@
 python launch/pairs.py --model=bundled --prompts=openmoji --count=2000 --guidance=1.5 --out=runs/pairs
 """
 
-from absl import flags
+from argparse import Namespace
 
 from sbv2_jax import cli
+from sbv2_jax.cli import Flag, path
+from sbv2_jax.fields import number, one_of, text, whole
 
-_MODEL = cli.define_path("model", "The teacher: a diffusers directory, a hub id, or 'bundled'.")
-_PROMPTS = cli.define_path("prompts", "The prompts: as a run's config.prompts.")
-_COLUMN = flags.DEFINE_string("column", "", "The column or key of the prompts, where there are several.")
-_OUT = cli.define_path("out", "A directory for the pairs, and what they were drawn from.")
-_COUNT = flags.DEFINE_integer("count", None, "How many pairs.", lower_bound=1, upper_bound=2**31 - 1)
-_STEPS = flags.DEFINE_integer("steps", 25, "Steps of the teacher.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 4.5, "Classifier-free guidance; 1 or less is none.")
-_SAMPLER = flags.DEFINE_enum("sampler", "dpm", ("ddim", "dpm"), "The sampler of more than one step.")
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the noise and the order of the prompts.", lower_bound=0, upper_bound=2**32 - 1
+FLAGS = (
+    Flag("model", "The teacher: a diffusers directory, a hub id, or 'bundled'.", path, text(), required=True),
+    Flag("prompts", "The prompts: as a run's config.prompts.", path, text(), required=True),
+    Flag("column", "The column or key of the prompts, where there are several.", default=""),
+    Flag("out", "A directory for the pairs, and what they were drawn from.", path, text(), required=True),
+    Flag("count", "How many pairs.", int, whole(1, 2**31 - 1), required=True),
+    Flag("steps", "Steps of the teacher.", int, whole(1), default=25),
+    Flag("guidance", "Classifier-free guidance; 1 or less is none.", float, number(), default=4.5),
+    Flag("sampler", "The sampler of more than one step, 'ddim' or 'dpm'.", str, one_of("ddim", "dpm"), "dpm"),
+    Flag("seed", "Seed of the noise, and of the order of the prompts.", int, whole(0, 2**32 - 1), default=0),
+    Flag("batch_size", "Pairs that a device draws at a time.", int, whole(1), default=16),
+    Flag(
+        *("precision", "Of the teacher's arithmetic, 'float32' or 'bfloat16'.", str),
+        one_of("float32", "bfloat16"),
+        default="float32",
+    ),
+    Flag(
+        *("dtype", "Of the latents that are written, 'float16' or 'float32'.", str),
+        one_of("float16", "float32"),
+        default="float16",
+    ),
+    Flag("resolution", "Pixels a side; 0 is what the teacher's UNet was made for.", int, whole(0), default=0),
+    Flag(
+        *("shard_size", "Pairs of a file; one that was interrupted is drawn again.", int, whole(1)),
+        default=1024,
+    ),
+    Flag("coordinator", "HOST:PORT of process 0, of several processes."),
+    Flag("num_processes", "How many processes there are.", int, whole(1)),
+    Flag("process_id", "Which of them this is.", int, whole(0)),
+    Flag("pod", "Find the other processes by a TPU pod's metadata, SLURM or MPI.", bool),
 )
-_BATCH = flags.DEFINE_integer("batch", 16, "Pairs that a device draws at a time.", lower_bound=1)
-_PRECISION = flags.DEFINE_enum(
-    "precision", "float32", ("float32", "bfloat16"), "Of the teacher's arithmetic."
-)
-_DTYPE = flags.DEFINE_enum("dtype", "float16", ("float16", "float32"), "Of the latents that are written.")
-_RESOLUTION = flags.DEFINE_integer(
-    "resolution", 0, "Pixels a side; 0 is what the teacher's UNet was made for.", lower_bound=0
-)
-_SHARD_SIZE = flags.DEFINE_integer(
-    "shard_size", 1024, "Pairs of a file; one that was interrupted is drawn again.", lower_bound=1
-)
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several processes.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
-_POD = flags.DEFINE_boolean("pod", False, "Find the other processes by a TPU pod's metadata, SLURM or MPI.")
 
 
-def main() -> None:
+def main(given: Namespace) -> None:
     # jax is loaded only once the flags are right
     from sbv2_jax.devices import processes
     from sbv2_jax.devices.cache import use_cache
     from sbv2_jax.run.pairs import Drawing, make_pairs
 
-    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, pod=_POD.value)
+    processes.join(given.coordinator, given.num_processes, given.process_id, pod=given.pod)
     use_cache()
     make_pairs(
-        _MODEL.value,
-        _PROMPTS.value,
-        _OUT.value,
-        Drawing(_STEPS.value, _GUIDANCE.value, _SAMPLER.value, _SEED.value, _PRECISION.value),
-        column=_COLUMN.value,
-        resolution=_RESOLUTION.value,
-        count=_COUNT.value,
-        dtype=_DTYPE.value,
-        shard_size=_SHARD_SIZE.value,
-        batch_size=_BATCH.value,
+        given.model,
+        given.prompts,
+        given.out,
+        Drawing(given.steps, given.guidance, given.sampler, given.seed, given.precision),
+        column=given.column,
+        resolution=given.resolution,
+        count=given.count,
+        dtype=given.dtype,
+        shard_size=given.shard_size,
+        batch_size=given.batch_size,
     )
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("model", "prompts", "out", "count"))
+    cli.run_flags(main, FLAGS, __doc__)

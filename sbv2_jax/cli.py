@@ -34,7 +34,7 @@ _METAVARS = {str: "TEXT", int: "N", float: "X", path: "PATH"}
 
 
 class Flag(NamedTuple):
-    """A flag of a command, `--name=VALUE`.
+    """A flag of a command, `--name=VALUE`, or of the kind `bool` alone, `--name`.
 
     `kind` converts the text (`str`, `int`, `float`, `path`), `check` says what the value must be; a flag of
     `several` values may be given several times and holds a list, any other one once.
@@ -253,6 +253,10 @@ class _Parser(argparse.ArgumentParser):
         )
         usage = [self.prog]
         for flag in declared:
+            if flag.kind is bool:
+                self.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+                usage.append(f"[--{flag.name}]")
+                continue
             metavar = _METAVARS[flag.kind]
             self.add_argument(
                 f"--{flag.name}",

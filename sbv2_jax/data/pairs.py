@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sbv2_jax.checkpoint.manifest import json_digest
 from sbv2_jax.convert.formats.files import existing_directory, file_of, read_json
 from sbv2_jax.data.rows import Row
+from sbv2_jax.distill.terms.regression import LATENTS, NUMBERS, SEEDS
 from sbv2_jax.errors import InputError, listed
 
 MANIFEST = "manifest.json"
@@ -112,9 +113,9 @@ class Pairs:
         if number != index or not prompt or not np.isfinite(latent).all():
             raise InputError(f"{self._name}, pair {index}: its record is not that of this pair")
         columns = {
-            "pair_numbers": np.int32(number),
-            "pair_seeds": np.uint32(self.manifest["seed"]),
-            "pair_latents": latent.astype(np.float32),
+            NUMBERS: np.int32(number),
+            SEEDS: np.uint32(self.manifest["seed"]),
+            LATENTS: latent.astype(np.float32),
         }
         return Row(prompt, columns)
 

@@ -27,7 +27,8 @@ from sbv2_jax.diffusion.schedule import (
 )
 from sbv2_jax.errors import InputError
 
-SAMPLERS = ("ddim", "dpm", "lcm")
+_OF_TEACHERS = ("ddim", "dpm")
+SAMPLERS = (*_OF_TEACHERS, "lcm")
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -53,8 +54,8 @@ def sample(
     Pure: `steps`, `sampler`, `timestep_spacing` and `dtype` are static, the rest may be traced.
     Raises InputError for steps that the schedule cannot give, TypeError for arrays that are not float32.
     """
-    if sampler not in SAMPLERS[:2]:
-        raise InputError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS[:2])}")
+    if sampler not in _OF_TEACHERS:
+        raise InputError(f"sampler={sampler!r} is not one of {', '.join(_OF_TEACHERS)}")
     spacing = timestep_spacing or schedule.timestep_spacing
     if sampler == "ddim":
         timesteps = ddim_timesteps(schedule.num_timesteps, steps, spacing or "leading", schedule.steps_offset)

@@ -137,10 +137,11 @@ class Student(Player):
         return x, jnp.full(shape, timesteps[taken])
 
     def forward(
-        self, params: Params, frozen: Frozen, x: jax.Array, text: Text, noise: jax.Array | None = None
+        self, params: Params, frozen: Frozen, x: jax.Array, text: Text, t: jax.Array | None = None
     ) -> jax.Array:
-        """Returns the samples: the x0 that is predicted from x at the timesteps `noise`, or at the first from z = x."""
-        t = jnp.full(x.shape[:1], self.timesteps[0], jnp.int32) if noise is None else noise
+        """Returns the samples: the x0 that is predicted from x at the timesteps t [B], or at the first from z = x."""
+        if t is None:
+            t = jnp.full(x.shape[:1], self.timesteps[0], jnp.int32)
         denoise = _predict(
             self.network, self.weights(params, frozen), text, self.compute_dtype, self.lora_scale
         )

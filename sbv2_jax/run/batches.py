@@ -74,8 +74,8 @@ def next_batch(
     tokenizers: Tokenizers,
     mesh: Mesh,
     updates: int,
-    fillings: Sequence[Filling] = (),
-    step: int = 0,
+    fillings: Sequence[Filling],
+    step: int,
 ) -> Batch:
     """Reads and tokenizes this process's prompts of a step and makes the global, sharded batch of them.
 

@@ -27,18 +27,13 @@ _MAY_CHANGE = (
     "sample",
     "student.lora.init",
 )
-# What a run did before there was the field, so that its checkpoints go on.
+# Fields, and groups of them, that there have not always been: a run before them did what their defaults say, so that
+# its checkpoints go on.
+_NEW = ("pairs", "prompts_column", "reward", "score.weighting", "student.timesteps", "terms")
 FORMER = {
-    "pairs.path": "",
-    "pairs.share": 0.05,
-    "pairs.weight": 0.25,
-    "prompts_column": "",
-    "reward.model": "",
-    "reward.tau": 0.3,
-    "reward.weight": 0.0,
-    "score.weighting": "epsilon",
-    "student.timesteps": [],
-    "terms": ["vsd", "clip"],
+    name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for name, field in FIELDS.items()
+    if name in _NEW or name.partition(".")[0] in _NEW
 }
 
 

@@ -37,7 +37,7 @@ def run(
     merge: str | None,
     folders: Sequence[str],
     real: Pictures | None,
-    steps: str,
+    steps: str | None,
     guidance: str,
     weight: str,
     sampler: str | None,
@@ -49,7 +49,7 @@ def run(
 ) -> None:
     """Measures models and folders of pictures by a protocol, prints the table, and writes the report to `out`.
 
-    Models are drawn with every setting of a sweep and every seed, students in their own steps where `steps` is empty;
+    Models are drawn with every setting of a sweep and every seed, students in their own steps without `steps`;
     the folder 'real' stands for `real`, real pictures of the protocol's own prompts. Killed and called again, it goes
     on, and ends in the same report.
     Raises InputError for what is wrong with the input, before a picture is drawn.

@@ -20,7 +20,6 @@ from sbv2_jax.run.log import METRICS
 from sbv2_jax.run.trained import kept_student, read_run
 
 PICTURE = "samples.png"
-_ONE_STEP = "num_inference_steps=1, guidance_scale=0"
 _CARD = """\
 ---
 library_name: diffusers
@@ -90,13 +89,11 @@ def write_card(
     picture = _last_picture(run, step)
     if picture is not None:
         shutil.copyfile(picture, directory / PICTURE)
-    timesteps, arguments = config.student.get("timesteps", ()), _ONE_STEP
-    if timesteps:
-        values = read_json(component_dir(directory, "scheduler") / "scheduler_config.json")
-        arguments = diffusers_arguments(values)
-    weights = "the averaged student" if (which or kept_student(config)) == "ema" else "the student"
-    told = {"steps": len(timesteps) or 1, "arguments": arguments, "weights": weights}
-    text = _card(repository, config, step, told, _last_metrics(run, step), picture)
+    arguments = diffusers_arguments(
+        read_json(component_dir(directory, "scheduler") / "scheduler_config.json")
+    )
+    which = which or kept_student(config)
+    text = _card(repository, config, step, which, arguments, _last_metrics(run, step), picture)
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -124,25 +121,26 @@ def _card(
     repository: str,
     config: ConfigDict,
     step: int,
-    told: Mapping[str, Any],
+    which: str,
+    arguments: str,
     metrics: Mapping[str, float],
     picture: Path | None,
 ) -> str:
     teacher = _public(config.teacher)
     prompts = config.sample.prompts if "sample" in config else ()
-    count = told["steps"]
+    count = len(config.student.get("timesteps", ())) or 1
     lines = [f"| {name} | {value:.4g} |" for name, value in metrics.items() if value is not None]
     return _CARD.format(
         base_model=f"base_model: {teacher.partition('@')[0]}\n" if is_hub_id(config.teacher) else "",
         name=repository.split("/")[1],
         repository=repository,
         teacher=teacher,
-        weights=told["weights"],
+        weights="the averaged student" if which == "ema" else "the student",
         steps="one" if count == 1 else count,
         calls="One call of the UNet makes a picture"
         if count == 1
         else f"{count} calls of the UNet make a picture",
-        arguments=told["arguments"],
+        arguments=arguments,
         step=step,
         prompt=(prompts[0] if prompts else "a red apple").replace('"', "'"),
         picture=f"\n![Teacher and student, the same prompts and noise]({PICTURE})\n" if picture else "",

@@ -97,7 +97,7 @@ class Ready:
     grid: ProgressGrid | None
     scoring: Scoring | None
     batches: Iterator[list[str]]
-    fillings: Sequence[Filling] = ()
+    fillings: Sequence[Filling]
     step: TrainStep | None
     probe: Callable[[TrainState, Frozen, Batch], jax.Array] | None
 
@@ -192,10 +192,8 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
         record = Record(log, guard, Health(config, ready.state))
 
         def read(step: int) -> Batch:
-            return next_batch(
-                *(ready.batches, ready.tokenizers, ready.mesh, ready.run.method.updates),
-                *(ready.fillings, step),
-            )
+            updates = ready.run.method.updates
+            return next_batch(ready.batches, ready.tokenizers, ready.mesh, updates, ready.fillings, step)
 
         following = read(first) if first < config.steps else {}
         for number in range(first + 1, config.steps + 1):
@@ -216,7 +214,8 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
                     record.read()
             figures = ready.scoring.measure(ready.state) if measures else {}
             if saves or draws:
-                record.write(figures)
+                with watchdog(number, config.limits.step_seconds):
+                    record.write(figures)
             if saves:
                 if ready.probe:
                     deviation = jax.device_get(ready.probe(ready.state, ready.frozen, batch))

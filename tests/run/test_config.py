@@ -13,7 +13,7 @@ from sbv2_jax import fields
 from sbv2_jax.convert.formats.resolve import is_hub_id
 from sbv2_jax.errors import InputError
 from sbv2_jax.openmoji.pretrain import settings
-from sbv2_jax.run.config import FIELDS, check_mesh, default_config, may_change, validate
+from sbv2_jax.run.config import FIELDS, FORMER, check_mesh, default_config, may_change, validate
 
 ROOT = Path(__file__).parents[2]
 # All but the one of launch/pretrain.py.
@@ -273,3 +273,19 @@ def test_a_guidance_that_is_neither_is_refused(value):
     config.vsd.guidance = value
     with pytest.raises(InputError, match=r"config.vsd.guidance must be a finite number >= 0, or two of them"):
         validate(config)
+
+
+def test_what_a_run_did_before_there_was_a_field_is_known():
+    """A default that changes would change what such a checkpoint was trained with."""
+    assert FORMER == {
+        "pairs.path": "",
+        "pairs.share": 0.05,
+        "pairs.weight": 0.25,
+        "prompts_column": "",
+        "reward.model": "",
+        "reward.tau": 0.3,
+        "reward.weight": 0.0,
+        "score.weighting": "epsilon",
+        "student.timesteps": [],
+        "terms": ["vsd", "clip"],
+    }

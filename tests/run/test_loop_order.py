@@ -49,6 +49,7 @@ def ready_of(events, *, first=0, latents_std=lambda step: 1.0):
         first=first,
         state={"student_opt": {"count": np.int32(first)}},
         batches=batches(),
+        fillings=(),
         step=step,
         **nothing,
     )

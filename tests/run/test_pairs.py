@@ -68,7 +68,7 @@ def shards(directory: Path) -> list[Path]:
 
 def drawn_by(world: Path, out: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
     settings = {
-        "model": world / "pipeline", "prompts": world / "prompts.txt", "out": out, "count": COUNT, "batch": 2,
+        "model": world / "pipeline", "prompts": world / "prompts.txt", "out": out, "count": COUNT, "batch_size": 2,
         "shard_size": SHARD, "steps": 3, "guidance": 3, "sampler": "ddim", "seed": 7,
     }  # fmt: skip
     xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
