@@ -59,10 +59,11 @@ def test_the_card_tells_the_run_its_last_metrics_and_shows_its_pictures(run, tmp
 
 
 def test_a_card_of_a_bare_run_from_the_hub(run, tmp_path, monkeypatch):
+    export_checkpoint(run.directory, tmp_path / "out", which="student")
+    exported = {path.name for path in (tmp_path / "out").iterdir()}
     (run.directory / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
     (run.directory / "samples").rename(tmp_path / "samples")
     try:
-        (tmp_path / "out").mkdir()
         monkeypatch.chdir(tmp_path)
         common = {"step": STEP, "which": "student", "base": "owner/teacher@v2"}
         hub.write_card(tmp_path / "out", "me/apples", run.directory, **common)
@@ -72,7 +73,7 @@ def test_a_card_of_a_bare_run_from_the_hub(run, tmp_path, monkeypatch):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "owner/teacher" and f": the student at step {STEP}" in card.text
     assert "metrics" not in card.text and "samples.png" not in card.text
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == exported | {"README.md"}
 
 
 class Hub(BaseHTTPRequestHandler):
