@@ -1,6 +1,6 @@
 """Draws pairs for image regularisation: prompts, and what the teacher draws of known noise. Run again, it goes on.
 
-python launch/pairs.py --model=bundled --prompts=openmoji --count=2000 --guidance=1.5 --out=runs/pairs
+python launch/pairs.py --model=bundled --prompts=openmoji --count=2000 --guidance=2 --out=runs/pairs
 """
 
 from argparse import Namespace
