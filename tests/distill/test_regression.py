@@ -10,7 +10,7 @@ import pytest
 import tiny_world
 import torch
 from conftest import relative_error
-from step_reference import make_reference, torch_ids
+from step_reference import make_reference, torch_ids, torch_start
 from torch_reference import nchw
 
 from sbv2_jax.convert.formats.names import params_to_torch
@@ -77,7 +77,7 @@ def test_the_gradient_to_the_student_equals_autograd(world):
     grads, _, metrics = ours(world.init(), world.frozen, world.batch, noise)
 
     reference = make_reference(world, {"student_prediction": "v_prediction"})
-    x = reference.generate(nchw(noise.z), reference.encode(torch_ids(world)[0]))
+    x = reference.generate(torch_start(noise.z), reference.encode(torch_ids(world)[0]))
     want = torch.nn.functional.mse_loss(x[PAIRED], nchw(world.batch["pair_latents"])[PAIRED])
     (0.7 * want).backward()
     theirs = {name: p.grad.numpy() for name, p in reference.student.named_parameters()}
