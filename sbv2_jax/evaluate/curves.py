@@ -1,10 +1,8 @@
 """Curves of a sweep: quality against alignment, precision against recall, and figures over the weight of a merge."""
 
-import importlib.util
 import io
 from collections import defaultdict
 
-from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate.measure import Evaluation, Row
 
 # What is drawn against what, by the figure's name; the x axis first. CLIP scores go with all, others with their own.
@@ -38,12 +36,6 @@ def draw(evaluation: Evaluation) -> dict[str, bytes]:
         for y in names:
             pictures[_file(f"{y[0]} {y[1]} over the weight")] = _figure(of_merges, None, y)
     return pictures
-
-
-def require() -> None:
-    """Raises InputError where the package that draws curves is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('curves of a sweep need matplotlib: pip install "sbv2_jax[evaluate]"')
 
 
 def _file(text: str) -> str:

@@ -1,6 +1,5 @@
 """An evaluation as files: `report.json`, a table for the terminal, and `report.html`, which needs no other file."""
 
-import base64
 import html
 import importlib.metadata
 import io
@@ -16,21 +15,13 @@ from sbv2_jax import __version__
 from sbv2_jax.convert.formats.files import replaced_file
 from sbv2_jax.evaluate import curves
 from sbv2_jax.evaluate.features import shown_path
+from sbv2_jax.evaluate.html_page import html_page, html_table, inline
 from sbv2_jax.evaluate.intervals import Interval
 from sbv2_jax.evaluate.measure import Comparison, Evaluation, Row
 from sbv2_jax.generate.pictures import grid
 
 _PACKAGES = ("jax", "flax", "numpy", "pillow")
 _SHOWN_SIDE = 128  # pixels at least that a picture has in the page's grid
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1em 0 }
-td, th { border-bottom: 1px solid #ddd; padding: .3em .8em; text-align: right; vertical-align: top }
-td, th { white-space: nowrap } td:first-child, th:first-child { text-align: left }
-summary { cursor: pointer; margin: .5em 0 }
-small { color: #777 } img { max-width: 100% } pre, code { background: #f4f4f4; padding: .1em .3em; overflow-x: auto }
-.best { font-weight: 600 } .scroll { overflow-x: auto }
-"""
 
 
 def as_json(evaluation: Evaluation, command: str) -> dict[str, Any]:
@@ -126,24 +117,19 @@ def page(evaluation: Evaluation, command: str, drawn: dict[str, bytes]) -> str:
     if drawn:
         parts.append("<h2>Curves</h2>")
         parts += [
-            f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-            for name, picture in drawn.items()
+            f'<img alt="{name}" src="{inline(picture, "image/png")}">' for name, picture in drawn.items()
         ]
     if evaluation.comparisons:
         parts.append("<h2>Against the first row</h2>")
         parts += [_html_comparison(one) for one in evaluation.comparisons]
-    hashes = "".join(
-        f"<tr><td>{html.escape(name)}</td><td><code>{value}</code></td></tr>"
-        for name, value in evaluation.references.items()
+    hashes = html_table(
+        (html.escape(name), f"<code>{value}</code>") for name, value in evaluation.references.items()
     )
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     parts.append(
-        f"<h2>How it was made</h2><pre>{html.escape(command)}</pre><p>{html.escape(made)}</p><table>{hashes}</table>"
+        f"<h2>How it was made</h2><pre>{html.escape(command)}</pre><p>{html.escape(made)}</p>{hashes}"
     )
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(protocol.name)}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return html_page(protocol.name, parts)
 
 
 def _names(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -185,7 +171,7 @@ def _sentence(one: Comparison) -> str:
 
 def _html_table(evaluation: Evaluation, label: str) -> str:
     names = [name for name in _names(evaluation.rows) if name[0] == label]
-    head = "".join(f"<th>{html.escape(figure)}</th>" for _, figure in names)
+    head = ("", *(html.escape(figure) for _, figure in names))
     best = {}
     for name in names:
         values = [row.figures[name].value for row in evaluation.rows if name in row.figures]
@@ -205,26 +191,20 @@ def _html_table(evaluation: Evaluation, label: str) -> str:
             if interval.low is not None:
                 cell += f"<br><small>[{interval.low:.4g}, {interval.high:.4g}]</small>"
             cells.append(cell)
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+        lines.append(cells)
+    return html_table(lines, head)
 
 
 def _html_comparison(one: Comparison) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(' '.join(name))}</td>"
-        + "".join(f"<td>{_text(interval)}</td>" for interval in deltas)
-        + "</tr>"
+    # What does not depend on the pictures is the same, and has no interval.
+    rows = (
+        (html.escape(" ".join(name)), *map(_text, deltas))
         for name, deltas in one.differences.items()
-        if any(
-            interval.low is not None for interval in deltas
-        )  # what does not depend on the pictures is the same
+        if any(interval.low is not None for interval in deltas)
     )
-    head = "".join(f"<th>{'' if seed is None else f'seed {seed}'}</th>" for seed in one.seeds)
+    head = ("difference", *("" if seed is None else f"seed {seed}" for seed in one.seeds))
     said = _sentence(one) if one.verdict else f"{one.name} minus {one.rival}"
-    return (
-        f"<details><summary>{html.escape(said)}</summary>"
-        f"<table><tr><th>difference</th>{head}</tr>{rows}</table></details>"
-    )
+    return f"<details><summary>{html.escape(said)}</summary>{html_table(rows, head)}</details>"
 
 
 def _grid(evaluation: Evaluation) -> np.ndarray | None:
@@ -251,4 +231,4 @@ def _grid(evaluation: Evaluation) -> np.ndarray | None:
 def _inline(picture: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return inline(file.getvalue(), "image/png")

@@ -16,7 +16,7 @@ from sbv2_jax.convert.model import Model
 from sbv2_jax.diffusion.samplers import SAMPLERS
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
-from sbv2_jax.evaluate import curves, report, sources
+from sbv2_jax.evaluate import report, sources
 from sbv2_jax.evaluate.measure import evaluate
 from sbv2_jax.evaluate.pictures import Pictures
 from sbv2_jax.evaluate.protocol import Protocol
@@ -63,8 +63,6 @@ def run(
     # What is wrong with the last one is said before the first is drawn.
     for spec in asked:
         _check(spec)
-    if merge or any(len(spec["guidance"]) > 2 for spec in asked):
-        curves.require()
     pair = _pair(merge) if merge else None
     found = [_of_folder(folder, protocol, real) for folder in folders]
     everything = itertools.chain(

@@ -16,7 +16,7 @@ from sbv2_jax.convert.formats.files import read_json
 from sbv2_jax.convert.formats.pipeline import component_dir, diffusers_arguments
 from sbv2_jax.convert.formats.resolve import is_hub_id
 from sbv2_jax.errors import InputError
-from sbv2_jax.run.log import METRICS
+from sbv2_jax.run.directory import METRICS, json_lines, sample_pictures
 from sbv2_jax.run.trained import kept_student, read_run
 
 PICTURE = "samples.png"
@@ -163,24 +163,11 @@ def _public(value: Any) -> Any:
 
 def _last_metrics(run: Path, step: int) -> dict[str, float]:
     """Returns the last line of the run's metrics that is not newer than the step; {} without the file."""
-    path, found = run / METRICS, {}
-    if not path.is_file():
-        return {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:  # the line that is being written
-            continue
-        if values["step"] <= step:
-            found = values
-    return found
+    lines = [line for line in json_lines(run / METRICS) if line["step"] <= step]
+    return lines[-1] if lines else {}
 
 
 def _last_picture(run: Path, step: int) -> Path | None:
     """Returns the run's last grid of pictures that is not newer than the step, but for that of step 0."""
-    found = {}
-    for path in (run / "samples").glob("step_*.png"):
-        number = path.stem.removeprefix("step_")
-        if number.isdecimal() and 0 < int(number) <= step:
-            found[int(number)] = path
-    return found[max(found)] if found else None
+    found = [path for number, path in sample_pictures(run).items() if 0 < number <= step]
+    return found[-1] if found else None

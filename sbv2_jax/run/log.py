@@ -17,8 +17,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from sbv2_jax.errors import InputError
+from sbv2_jax.run.directory import METRICS
 
-METRICS = "metrics.jsonl"
 _FLUSH_SECONDS = 120.0  # between writes of the TensorBoard events that are buffered
 
 

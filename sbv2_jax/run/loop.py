@@ -30,12 +30,14 @@ from sbv2_jax.run.build import Run, assemble
 from sbv2_jax.run.compilation import compile_step, lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import FORMER, may_change, validate
+from sbv2_jax.run.directory import CONFIG, EXPORT, sample_path
 from sbv2_jax.run.dry_run import dry_run as dry_run_report
 from sbv2_jax.run.export import export_best, export_student
 from sbv2_jax.run.guard import Guard
 from sbv2_jax.run.health import Health
 from sbv2_jax.run.log import MetricsLog
 from sbv2_jax.run.memory_estimate import device_memory
+from sbv2_jax.run.page import write_page
 from sbv2_jax.run.painter import Painter
 from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption, ends_at_once
 from sbv2_jax.run.probe import compile_probe
@@ -43,6 +45,7 @@ from sbv2_jax.run.progress import ProgressGrid
 from sbv2_jax.run.record import Record
 from sbv2_jax.run.scoring import Measured, Scoring, open_protocol
 from sbv2_jax.run.sources import PLACES, Files, Source, check_forced, sources_of
+from sbv2_jax.run.starts import note_start
 from sbv2_jax.run.watchdog import watchdog
 
 
@@ -69,12 +72,13 @@ def train(
         held.close()  # the last step is safe
         if stopped:
             return EXIT_PREEMPTED
-        export = workdir / "export"
+        export = workdir / EXPORT
         if config.evaluate.export == "best":
             export_best(workdir, ready.scoring.best, export)
         else:
             export_student(ready.run, ready.state, export)
     if jax.process_index() == 0:
+        print(write_page(workdir))
         prompt = config.sample.prompts[0] if config.sample.prompts else "a red apple"
         print(f'python launch/generate.py --model={export} --prompt="{prompt}" --out=one.png')
     return 0
@@ -137,7 +141,8 @@ def make_ready(
     with processes.together():
         if jax.process_index() == 0:
             files.remember()
-            write_config(workdir / "config.json", config)
+            write_config(workdir / CONFIG, config)
+            note_start(workdir, first)
     if jax.process_index() == 0 and first < config.steps:
         print("compiling: a minute or more the first time, less where it was compiled before", flush=True)
     grid = scoring = None
@@ -287,8 +292,3 @@ def write_config(path: Path, config: ConfigDict) -> None:
         scratch.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def sample_path(workdir: Path, step: int) -> Path:
-    """Returns the path of the grid of a step."""
-    return workdir / "samples" / f"step_{step:06d}.png"
