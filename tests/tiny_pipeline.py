@@ -1,6 +1,8 @@
 """A tiny pipeline directory of random weights, written by diffusers and transformers themselves."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
@@ -30,6 +32,19 @@ XL_UNET = {
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 10 + 6 * 4,
 }
+BLOCKS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+# The least that has every kind of block with attention and without, down and up: what trains it compiles in a quarter of
+# the time that the default takes.
+SMALL_UNET = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "mid_block_type": None,
+}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -40,10 +55,12 @@ def write_pipeline(
     seed: int = 0,
     xl: bool = False,
     zero_null: bool = True,
+    blocks: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a pipeline of 32 px pictures with `clip/` and `vae_tiny/` beside it; returns its directory.
 
-    With `xl` it is one of SDXL, whose null condition is zeros if `zero_null`.
+    With `xl` it is one of SDXL, whose null condition is zeros if `zero_null`. `blocks` are the UNet's, where they are
+    not the default ones.
     """
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(directory / "written", 1 if xl else 2, LENGTH))
@@ -66,12 +83,10 @@ def write_pipeline(
     }
     unet = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=2,
+        **(blocks or BLOCKS),
         **(XL_UNET if xl else {"cross_attention_dim": 12}),
     )
     vae = AutoencoderKL(
@@ -117,8 +132,8 @@ def write_pipeline(
 
 
 def write_world(directory: Path) -> Path:
-    """Writes a pipeline and a file of prompts; returns the directory."""
-    write_pipeline(directory)
+    """Writes a pipeline, of a small UNet, and a file of prompts for runs to train on; returns the directory."""
+    write_pipeline(directory, blocks=SMALL_UNET)
     (directory / "prompts.txt").write_text("a red apple\na dog\nred dog\napple\nan apple\n")
     return directory
 
