@@ -34,6 +34,10 @@ PARQUET = ["pyarrow>=15"]
 # Read, not imported: nothing that the package needs is there before it is installed.
 VERSION = re.search(r'__version__ = "(.*)"', Path("sbv2_jax/__init__.py").read_text(encoding="utf-8"))[1]
 
+# The scripts are commands of what is installed, and configs/ lies within it (`fields.config_spec`).
+FOLDERS = {"sbv2_jax.launch": "launch", "sbv2_jax.configs": "configs"}
+COMMANDS = sorted(path.stem for path in Path("launch").glob("[!_]*.py"))
+
 setup(
     name="sbv2_jax",
     version=VERSION,
@@ -41,7 +45,9 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["sbv2_jax", "sbv2_jax.*"]),
+    packages=[*find_packages(include=["sbv2_jax", "sbv2_jax.*"]), *FOLDERS],
+    package_dir=FOLDERS,
+    entry_points={"console_scripts": [f"sbv2-{name} = sbv2_jax.launch.{name}:command" for name in COMMANDS]},
     package_data={"sbv2_jax.openmoji": ["bundled/**/*", "openmoji.tsv"]},
     python_requires=">=3.11",
     install_requires=[

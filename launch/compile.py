@@ -56,5 +56,10 @@ def main() -> int:
     return 1
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as it is installed."""
     cli.run(main, required=("config", "topology"), config_fields=FIELDS)
+
+
+if __name__ == "__main__":
+    command()

@@ -24,5 +24,11 @@ Each command and its flags are declared in sbv2_jax/run/conversions.py.
 from sbv2_jax import cli
 from sbv2_jax.run.conversions import COMMANDS
 
-if __name__ == "__main__":
+
+def command() -> None:
+    """The command, as it is installed."""
     cli.run_commands(COMMANDS, __doc__)
+
+
+if __name__ == "__main__":
+    command()

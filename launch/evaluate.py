@@ -120,7 +120,7 @@ def main(given: Namespace) -> None:
         batch_size=given.batch_size,
         out=Path(given.out),
         cache=user_cache() / "references",
-        command=shlex.join(["python", "launch/evaluate.py", *sys.argv[1:]]),
+        command=f"{cli.command('evaluate')} {shlex.join(sys.argv[1:])}",
     )
 
 
@@ -151,5 +151,10 @@ def _protocol(given: Namespace):
     return presets.coco30k_sbv2(**common, official_bgr=given.channels == "bgr"), None
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as it is installed."""
     cli.run_flags(main, FLAGS, __doc__)
+
+
+if __name__ == "__main__":
+    command()

@@ -24,7 +24,7 @@ def main() -> None:
 
     use_cache()
     # The model card tells how to make the same pipeline, wherever this one was made.
-    command = shlex.join(["python", "launch/pretrain.py", *_without_workdir(sys.argv[1:]), "--workdir=DIR"])
+    command = shlex.join([*cli.command("pretrain").split(), *_without_workdir(sys.argv[1:]), "--workdir=DIR"])
     print(f"wrote {pretrain(config, flags.FLAGS.workdir, command)}")
 
 
@@ -38,5 +38,10 @@ def _without_workdir(arguments: list[str]) -> list[str]:
     return kept
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as it is installed."""
     cli.run(main, required=("config", "workdir"), config_fields=FIELDS)
+
+
+if __name__ == "__main__":
+    command()

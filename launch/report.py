@@ -21,5 +21,10 @@ def main(given: Namespace) -> None:
     print(write_page(given.run, given.out))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as it is installed."""
     cli.run_flags(main, FLAGS, __doc__)
+
+
+if __name__ == "__main__":
+    command()

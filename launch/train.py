@@ -33,5 +33,10 @@ def main() -> int:
     return train(_CONFIG.value, _WORKDIR.value, dry_run=_DRY_RUN.value, force=_FORCE.value)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command, as it is installed."""
     cli.run(main, required=("config", "workdir"), config_fields=FIELDS)
+
+
+if __name__ == "__main__":
+    command()

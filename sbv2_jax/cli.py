@@ -21,6 +21,7 @@ from sbv2_jax.errors import InputError
 
 EXIT_INPUT = 2
 CONFIG = "config"
+INSTALLED = "sbv2-"  # begins the name of a script that was installed as a command
 # Flags that are defined here for a launch script are that script's.
 flags.disclaim_key_flags()
 
@@ -73,7 +74,7 @@ def run(
 
     def parse(argv: list[str]) -> list[str]:
         if wanted := {"--help", "-help", "-h", "--helpshort", "--version"} & set(argv[1:]):
-            print(_version() if wanted == {"--version"} else _help(config_fields or {}))
+            print(_version() if wanted == {"--version"} else _help(main.__module__, config_fields or {}))
             sys.exit(0)
         try:
             _parse(argv, required)
@@ -148,6 +149,12 @@ def define_path(name: str, help_text: str) -> flags.FlagHolder:
     return flags.DEFINE(_PathParser(), name, None, help_text, serializer=flags.ArgumentSerializer())
 
 
+def command(name: str) -> str:
+    """How the user calls another command, such as "generate": by its script, or as installed where this one was."""
+    installed = os.path.basename(sys.argv[0]).startswith(INSTALLED)
+    return f"{INSTALLED}{name}" if installed else f"python launch/{name}.py"
+
+
 def fail(message: str) -> NoReturn:
     """Prints one line, `error: ...`, on stderr and exits with code 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
@@ -200,8 +207,10 @@ def _version() -> str:
     return f"sbv2_jax {__version__}"
 
 
-def _help(config_fields: Mapping[str, fields.Field]) -> str:
-    text = f"{sys.modules['__main__'].__doc__ or ''}\nflags:\n{flags.FLAGS.main_module_help()}\n  --version"
+def _help(module: str, config_fields: Mapping[str, fields.Field]) -> str:
+    # Of a script, absl knows the flags by the name of its file; of an installed command, by the module's.
+    own = flags.FLAGS.main_module_help() if module == "__main__" else flags.FLAGS.module_help(module)
+    text = f"{sys.modules[module].__doc__ or ''}\nflags:\n{own}\n  --version"
     text += ": Print the version and stop."
     if config_fields:
         text += f"\n\nfields of the configuration, --{CONFIG}.FIELD=VALUE, and their defaults before the file's:\n\n"
@@ -334,7 +343,7 @@ def _twice(flag: str) -> str:
 def _check_config(argv: list[str]) -> list[str]:
     """Loads the config file before its flag does, which wraps its errors in a traceback or defers them.
 
-    Returns the command line with `~` in the file's path expanded.
+    Returns the command line with the file's whole path.
     """
     argv, specs, overrides = list(argv), [], []
     for position, argument in enumerate(argv[1:], start=1):
@@ -345,10 +354,10 @@ def _check_config(argv: list[str]) -> list[str]:
             break
         if name == CONFIG:
             if equals:
-                argv[position] = f"--{CONFIG}={path(value)}"
+                argv[position] = f"--{CONFIG}={fields.config_spec(value)}"
             elif position + 1 < len(argv):
-                value = argv[position + 1] = path(argv[position + 1])
-            specs.append(path(value))
+                value = argv[position + 1] = fields.config_spec(argv[position + 1])
+            specs.append(value)
         elif name.startswith((f"{CONFIG}.", f"no{CONFIG}.")):
             overrides.append(name.partition(".")[2])
     if len(specs) > 1:

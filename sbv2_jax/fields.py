@@ -66,13 +66,28 @@ def as_table(declared: Mapping[str, Field]) -> str:
     return "\n".join(lines)
 
 
+def config_spec(spec: str) -> str:
+    """Returns FILE.py or FILE.py:ARGUMENT with `~` expanded.
+
+    What is installed has configs/ within itself: where there is no such file, "configs/NAME.py" is the package's own.
+    """
+    name, colon, argument = spec.partition(":")
+    path = Path(name).expanduser()
+    if not path.exists() and path.parts == ("configs", path.name):
+        installed = importlib.util.find_spec("sbv2_jax.configs")
+        for directory in installed.submodule_search_locations if installed else ():
+            if (Path(directory) / path.name).is_file():
+                path = Path(directory) / path.name
+    return f"{path}{colon}{argument}"
+
+
 def load(spec: str) -> ConfigDict:
-    """Returns what the `get_config` of a config file gives, locked; `spec` is FILE.py or FILE.py:ARGUMENT.
+    """Returns what the `get_config` of a config file gives, locked; `spec` is as for `config_spec`.
 
     Raises InputError for a missing file, one that does not run, and an argument that it refuses.
     """
-    name, _, argument = spec.partition(":")
-    path = Path(name).expanduser()
+    name, _, argument = config_spec(spec).partition(":")
+    path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"no config file {name!r} (a .py file is expected)")
     module_spec = importlib.util.spec_from_file_location("config_file", path)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.checkpoint.files import mounted, step_numbers
+from sbv2_jax.cli import command
 from sbv2_jax.data.prompts import PromptSource, describe_cut, notes_of, open_prompts, prompt_batches
 from sbv2_jax.data.rows import Filling
 from sbv2_jax.devices import processes
@@ -80,7 +81,7 @@ def train(
     if jax.process_index() == 0:
         print(write_page(workdir))
         prompt = config.sample.prompts[0] if config.sample.prompts else "a red apple"
-        print(f'python launch/generate.py --model={export} --prompt="{prompt}" --out=one.png')
+        print(f'{command("generate")} --model={export} --prompt="{prompt}" --out=one.png')
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Configurations of runs, which an installation has within itself."""
