@@ -56,7 +56,7 @@ def drawn(
         indices = [min(index, len(captions) - 1) for index in range(start, start + _BATCH)]
         texts = [captions[index] for index in indices]
         parts.append(
-            pipeline(
+            pipeline.draw(
                 texts,
                 seed=seed,
                 indices=indices,

@@ -39,7 +39,7 @@ def main(world: str, term: str) -> None:
     runs = [load(world / name / "checkpoints", None, "") for name in ("straight", "resumed")]
     (first, straight, _), (second, resumed, _) = runs
     lines = [json.loads(line) for line in (world / "resumed" / "metrics.jsonl").read_text().splitlines()]
-    pictures = sbv2_jax.load(world / "resumed" / "export")(["a dog"])
+    pictures = sbv2_jax.load(world / "resumed" / "export").draw(["a dog"])
     print(
         json.dumps(
             {

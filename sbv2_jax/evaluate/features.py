@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sbv2_jax.convert.formats.files import replaced_file
 from sbv2_jax.evaluate.extractors.program import joined

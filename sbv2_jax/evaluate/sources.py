@@ -53,7 +53,7 @@ def of_pipeline(
             # The last batch is filled up, so that one compiled program draws all of them.
             picked = [min(start + place, len(rows) - 1) for place in range(batch_size)]
             pictures += list(
-                pipeline(
+                pipeline.draw(
                     [prompts[one] for one in picked],
                     seed=seed,
                     indices=[rows[one] for one in picked],

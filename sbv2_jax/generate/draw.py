@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sbv2_jax.convert.formats.files import new_file, read_json, write_json
 from sbv2_jax.convert.formats.pipeline import load_pipeline
@@ -86,7 +86,7 @@ def draw(
         indices = todo[start : start + batch_size]
         # The last batch is filled up, so that one compiled program draws all of them.
         padded = (indices + [indices[-1]] * batch_size)[: min(batch_size, len(todo))]
-        batch = pipeline(
+        batch = pipeline.draw(
             [texts[index] for index in padded],
             seed=seed,
             indices=padded,

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline, save_pipeline
@@ -132,7 +133,16 @@ class Pipeline:
     latent_shape: tuple[int, int, int]
     parts: PipelineParts
 
-    def __call__(
+    def __call__(self, prompts: str | Sequence[str], **settings: Any) -> Image.Image | list[Image.Image]:
+        """Returns the picture of a prompt, or a list of them for a list; `settings` are those of `draw`.
+
+        Raises InputError as `draw` does.
+        """
+        if isinstance(prompts, str):
+            return self([prompts], **settings)[0]
+        return [Image.fromarray(picture) for picture in self.draw(prompts, **settings)]
+
+    def draw(
         self,
         prompts: Sequence[str],
         *,
@@ -143,7 +153,7 @@ class Pipeline:
         guidance: float = 1.0,
         sampler: str | None = None,
     ) -> np.ndarray:
-        """Returns one picture for each prompt, uint8 [B, H, W, 3].
+        """Returns one picture for each prompt, as an array, uint8 [B, H, W, 3].
 
         A picture depends on its prompt, the seed and its index (its place in the list, or `indices`), whatever
         the size of the batch. `noise`, float32 [B, h, w, c], replaces the seed; what "lcm" adds at further steps is of
@@ -200,7 +210,9 @@ class Pipeline:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises InputError that names the first prompt that is empty."""
+    """Raises InputError that names the first prompt that is empty, and for one prompt where a list is meant."""
+    if isinstance(prompts, str):
+        raise InputError(f"a list of prompts is expected, not one: [{prompts!r}]")
     if not prompts:
         raise InputError("no prompt was given")
     for number, prompt in enumerate(prompts, start=1):

@@ -41,7 +41,7 @@ pipe("{prompt}", {arguments}).images[0]
 ```
 
 ```python
-pictures = sbv2_jax.load("{repository}")(["{prompt}"])  # in JAX, uint8 [1, H, W, 3]
+sbv2_jax.load("{repository}")("{prompt}")  # in JAX
 ```
 {picture}{metrics}
 ## Configuration

@@ -14,7 +14,7 @@ from absl import logging
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.directory import METRICS

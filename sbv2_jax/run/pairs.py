@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.convert.formats.files import read_json, replaced_file, write_json

@@ -186,7 +186,7 @@ def test_what_was_trained_at_another_size_is_drawn_at_it(world, tmp_path):
     assert load_component(world / "pipeline" / "unet").config.sample_size == 8
     for export in (made.directory / "export", tmp_path / "out"):
         assert load_component(export / "unet").config.sample_size == 12
-    assert sbv2_jax.load(tmp_path / "out")(["a red apple"]).shape == (1, 48, 48, 3)
+    assert sbv2_jax.load(tmp_path / "out").draw(["a red apple"]).shape == (1, 48, 48, 3)
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     theirs.set_progress_bar_config(disable=True)
     (picture,) = theirs("a red apple", num_inference_steps=1, guidance_scale=0).images

@@ -68,7 +68,7 @@ def test_the_export_of_a_run_draws_in_diffusers(half):
     export = half / "run" / "export"
     assert types(export) == {"F32"} and said(export) == {"float32"}
     noise = np.random.default_rng(5).standard_normal((1, 4, 8, 8), np.float32)
-    ours = sbv2_jax.load(export)(["a red apple"], noise=noise.transpose(0, 2, 3, 1).copy())
+    ours = sbv2_jax.load(export).draw(["a red apple"], noise=noise.transpose(0, 2, 3, 1).copy())
     assert np.abs(picture(export) - ours / 255.0).max() < 2 / 255
 
 

@@ -113,7 +113,7 @@ def test_a_tokenizer_shorter_than_its_text_encoder_draws_as_diffusers_does(broke
     theirs.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
     want = theirs("a red apple and a dog", latents=nchw(noise), **settings).images
-    ours = sbv2_jax.load(broken)(
+    ours = sbv2_jax.load(broken).draw(
         ["a red apple and a dog"], noise=noise, steps=3, guidance=3.0, sampler="ddim"
     )
     assert np.abs(ours / 255.0 - want).max() < 2 / 255

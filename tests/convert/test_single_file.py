@@ -221,7 +221,7 @@ def test_a_file_is_named_where_a_model_is(made, tmp_path, monkeypatch):
     want = load_component(pipeline / "unet").params
     assert all(np.array_equal(model.unet.params[name], want[name]) for name in want)
     noise = np.random.default_rng(1).standard_normal((1, 8, 8, 4), np.float32)
-    got, want = (sbv2_jax.load(one)(["dog"], noise=noise) for one in (named, pipeline))
+    got, want = (sbv2_jax.load(one).draw(["dog"], noise=noise) for one in (named, pipeline))
     assert got.std() > 10 and np.array_equal(got, want)
 
 

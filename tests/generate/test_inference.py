@@ -47,7 +47,7 @@ def test_teacher_pictures_equal_the_pipeline_of_diffusers(ours, directory, rng, 
     want = theirs(
         PROMPTS, latents=nchw(noise), num_inference_steps=4, guidance_scale=3.0, output_type="np"
     ).images
-    got = ours(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler=sampler)
+    got = ours.draw(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler=sampler)
     assert got.std() > 20
     assert np.abs(got / 255.0 - want).max() < 2 / 255
 
@@ -60,7 +60,7 @@ def test_a_guidance_of_one_or_less_is_none_as_in_diffusers(ours, directory, rng,
     want = theirs(
         PROMPTS, latents=nchw(noise), num_inference_steps=4, guidance_scale=guidance, output_type="np"
     ).images
-    got = ours(PROMPTS, noise=noise, steps=4, guidance=guidance, sampler="ddim")
+    got = ours.draw(PROMPTS, noise=noise, steps=4, guidance=guidance, sampler="ddim")
     assert np.abs(got / 255.0 - want).max() < 2 / 255
     unprompted = theirs(
         ["", ""], latents=nchw(noise), num_inference_steps=4, guidance_scale=1.0, output_type="np"
@@ -78,7 +78,7 @@ def test_one_step_is_the_x0_that_diffusers_predicts(ours, directory, rng):
         x0 -= (1 - theirs.scheduler.alphas_cumprod[999]) ** 0.5 * theirs.unet(z, t, context).sample
         images = theirs.vae.decode(x0 / theirs.vae.config.scaling_factor).sample
     want = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    assert np.abs(ours(PROMPTS, noise=noise) / 255.0 - want).max() < 1 / 255
+    assert np.abs(ours.draw(PROMPTS, noise=noise) / 255.0 - want).max() < 1 / 255
 
 
 def test_a_pipeline_is_saved_with_the_weights_that_it_has(ours, directory, tmp_path, rng):
@@ -95,18 +95,30 @@ def test_a_pipeline_is_saved_with_the_weights_that_it_has(ours, directory, tmp_p
     theirs.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
     want = theirs(PROMPTS, latents=nchw(noise), **settings).images
-    got = changed(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler="ddim")
+    got = changed.draw(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler="ddim")
     assert np.abs(got / 255.0 - want).max() < 2 / 255
     with pytest.raises(InputError, match="not empty; nothing was written"):
         ours.save_pretrained(tmp_path / "out")
 
 
 def test_a_picture_depends_on_its_prompt_seed_and_index_alone(ours):
-    three = ours(["a dog", "a red apple", "dog"], seed=3)
-    alone = ours(["a red apple"], seed=3, indices=[1])
+    three = ours.draw(["a dog", "a red apple", "dog"], seed=3)
+    alone = ours.draw(["a red apple"], seed=3, indices=[1])
     assert np.abs(three[1].astype(int) - alone[0]).max() <= 1
-    other = ours(["a red apple"], seed=4, indices=[1])
+    other = ours.draw(["a red apple"], seed=4, indices=[1])
     assert np.abs(three[1].astype(int) - other[0]).max() > 20
+
+
+def test_a_call_gives_a_picture_for_a_prompt_and_a_list_for_a_list(ours):
+    arrays = ours.draw(PROMPTS, seed=3)
+    pictures = ours(PROMPTS, seed=3)
+    assert isinstance(pictures, list) and [picture.size for picture in pictures] == [(32, 32)] * 2
+    assert all(np.array_equal(picture, array) for picture, array in zip(pictures, arrays, strict=True))
+    one = ours(PROMPTS[1], seed=3, indices=[1])
+    assert isinstance(one, Image.Image)
+    assert np.abs(np.asarray(one, int) - arrays[1]).max() <= 1
+    with pytest.raises(InputError, match="a list of prompts is expected, not one: \\['dog'\\]"):
+        ours.draw("dog")
 
 
 def test_seed_0_is_a_seed_and_noise_is_standard_normal():
@@ -148,7 +160,7 @@ def test_generate_is_pure_and_differentiable(ours, rng):
 )
 def test_bad_calls_are_one_clear_line(ours, call, message):
     with pytest.raises(InputError, match=message) as error:
-        ours(call.pop("prompts"), **call)
+        ours.draw(call.pop("prompts"), **call)
     assert "\n" not in str(error.value)
 
 

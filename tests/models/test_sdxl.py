@@ -91,12 +91,12 @@ def test_guided_pictures_equal_the_pipeline_of_diffusers(world, encoded_null, no
         PROMPTS, latents=nchw(noise), num_inference_steps=4, guidance_scale=3.0, output_type="np"
     ).images
     ours = sbv2_jax.load(directory)
-    require_equal_pictures(ours(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler=sampler), want)
+    require_equal_pictures(ours.draw(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler=sampler), want)
     if sampler == "ddim":
         scheduler = DDPMScheduler.from_config(one_step_scheduler(ours.parts.scheduler))
         pipe.scheduler = scheduler
         require_equal_pictures(
-            ours(PROMPTS, noise=noise), pipe(PROMPTS, latents=nchw(noise), **ONE_STEP).images
+            ours.draw(PROMPTS, noise=noise), pipe(PROMPTS, latents=nchw(noise), **ONE_STEP).images
         )
 
 
@@ -134,7 +134,7 @@ def test_the_size_that_the_unet_is_told_is_that_of_the_noise(world, rng):
 def test_pictures_in_bfloat16_are_nearly_those_in_float32(world, noise):
     half, full = (sbv2_jax.load(world / "pipeline", dtype=one) for one in (jnp.bfloat16, jnp.float32))
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
-    difference = np.abs(half(PROMPTS, noise=noise) / 255 - full(PROMPTS, noise=noise) / 255)
+    difference = np.abs(half.draw(PROMPTS, noise=noise) / 255 - full.draw(PROMPTS, noise=noise) / 255)
     assert np.median(difference) < 0.02
 
 
@@ -178,7 +178,7 @@ def test_the_command_trains_and_exports_what_diffusers_draws(world, tmp_path, no
     assert (tmp_path / "samples" / "step_000002.png").exists()
     export = tmp_path / "export"
     want = opened(export)(PROMPTS, latents=nchw(noise), **ONE_STEP).images
-    ours = sbv2_jax.load(export)(PROMPTS, noise=noise)
+    ours = sbv2_jax.load(export).draw(PROMPTS, noise=noise)
     require_equal_pictures(ours, want)
     np.save(tmp_path / "noise.npy", noise)
     generate = [sys.executable, "launch/generate.py", f"--model={export}", f"--out={tmp_path / 'drawn'}"]
@@ -208,7 +208,7 @@ def test_a_lora_file_draws_in_diffusers_what_the_export_does(world, tmp_path, no
     assert pipe.get_list_adapters().keys() == {"unet"}
     want = pipe(PROMPTS, latents=nchw(noise), **ONE_STEP).images
     assert np.abs(want - plain).max() > 20 / 255, "the LoRA matters"
-    require_equal_pictures(sbv2_jax.load(made.directory / "export")(PROMPTS, noise=noise), want)
+    require_equal_pictures(sbv2_jax.load(made.directory / "export").draw(PROMPTS, noise=noise), want)
     fuse_file(open_run_or_model(world / "pipeline"), file, tmp_path / "fused")
     fused, exported = (listing.tensors(one) for one in (tmp_path / "fused", made.directory / "export"))
     assert not listing.differences(fused, exported)
@@ -295,7 +295,7 @@ def test_tokenizers_of_different_lengths_are_refused(world, copied, tmp_path, le
     shutil.rmtree(copied / "tokenizer_2")
     shutil.copytree(tmp_path / "other", copied / "tokenizer_2")
     with pytest.raises(InputError, match=message):
-        sbv2_jax.load(copied)(PROMPTS)
+        sbv2_jax.load(copied).draw(PROMPTS)
     config = load(str(CONFIG))
     config.update_from_flattened_dict(fields(world, {"teacher": str(copied)}))
     with pytest.raises(InputError, match=message):
@@ -328,7 +328,7 @@ def test_a_lora_of_the_unet_and_both_towers_is_fused(world, tmp_path, noise, spe
     fuse_file(open_run_or_model(world / "pipeline"), tmp_path / "lora.safetensors", tmp_path / "fused")
     changed = listing.differences(listing.tensors(tmp_path / "fused"), listing.tensors(world / "pipeline"))
     assert {line.split(".")[0] for line in changed} == set(targets)
-    require_equal_pictures(sbv2_jax.load(tmp_path / "fused")(PROMPTS, noise=noise), want)
+    require_equal_pictures(sbv2_jax.load(tmp_path / "fused").draw(PROMPTS, noise=noise), want)
 
 
 def kohya_names(states: dict[str, dict[str, torch.Tensor]], alpha: float) -> dict[str, torch.Tensor]:

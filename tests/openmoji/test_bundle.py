@@ -59,15 +59,15 @@ def test_diffusers_draws_the_same_pictures_in_25_steps(directory, pipeline, rng)
         want = theirs(
             prompts, latents=nchw(noise), num_inference_steps=25, guidance_scale=3.0, output_type="np"
         ).images
-    got = pipeline(prompts, noise=noise, steps=25, guidance=3.0, sampler="ddim")
+    got = pipeline.draw(prompts, noise=noise, steps=25, guidance=3.0, sampler="ddim")
     assert got.std() > 40
     assert np.abs(got / 255.0 - want).max() < 2 / 255
 
 
 def test_clip_tells_the_captions_of_real_pictures_and_of_samples(right_captions, pipeline):
     real = np.stack([prompt.reference() for prompt in openmoji.prompts("seen", CANDIDATES, "test")])
-    samples = pipeline(captions(), steps=10, guidance=3.0)
-    one_step = pipeline(captions())
+    samples = pipeline.draw(captions(), steps=10, guidance=3.0)
+    one_step = pipeline.draw(captions())
     assert right_captions(real) > 0.9
     assert right_captions(samples) > 0.5  # a guess is right in 1 of 64
     assert right_captions(one_step) < right_captions(samples)  # what distillation is for

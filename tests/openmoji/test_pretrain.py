@@ -263,7 +263,7 @@ def test_pipeline_draws_the_same_picture_in_diffusers_and_here(undisturbed):
         latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
         output_type="np",
     ).images
-    ours = sbv2_jax.load(directory)([prompt], steps=3, guidance=3.0, sampler="ddim", noise=noise)
+    ours = sbv2_jax.load(directory).draw([prompt], steps=3, guidance=3.0, sampler="ddim", noise=noise)
     assert np.abs(ours.astype(np.float32) - 255 * theirs).max() <= 2
     AutoencoderTiny.from_pretrained(directory / "vae_tiny")
     CLIPModel.from_pretrained(directory / "clip")

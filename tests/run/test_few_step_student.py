@@ -92,11 +92,11 @@ def test_an_export_draws_in_diffusers_what_it_draws_here(
     if name == "num_inference_steps":
         assert messages == []
     ours = sbv2_jax.load(export)
-    got = ours(PROMPTS, noise=noises)
+    got = ours.draw(PROMPTS, noise=noises)
     assert got.std() > 10 and np.abs(want[0] - want[1]).max() > 0.05
     assert np.abs(got / 255.0 - want).max() < 2 / 255
     if timesteps == TWO:
-        one = ours(PROMPTS, noise=noises[:, 0], steps=1, sampler="dpm")
+        one = ours.draw(PROMPTS, noise=noises[:, 0], steps=1, sampler="dpm")
         assert np.abs(one / 255.0 - want).max() > 10 / 255, "one step of it is another picture"
 
 
@@ -105,7 +105,7 @@ def test_what_diffusers_saves_again_is_the_same_student(tmp_path, rng):
     export = make_run(tmp_path, "run", **{"student.timesteps": UNEVEN}).directory / "export"
     DiffusionPipeline.from_pretrained(export).save_pretrained(tmp_path / "again")
     noises = rng.standard_normal((2, 2, 8, 8, 4), np.float32)
-    first, second = (sbv2_jax.load(path)(PROMPTS, noise=noises) for path in (export, tmp_path / "again"))
+    first, second = (sbv2_jax.load(path).draw(PROMPTS, noise=noises) for path in (export, tmp_path / "again"))
     assert np.array_equal(first, second)
 
 
@@ -117,27 +117,27 @@ def test_a_published_lcm_draws_as_in_diffusers(tmp_path, rng, monkeypatch):
     index.write_text(index.read_text().replace("DDIMScheduler", "LCMScheduler"))
     noises = rng.standard_normal((2, 4, 8, 8, 4), np.float32)
     want = diffusers_draws(path, monkeypatch, noises[:, 0], noises[:, 1:], num_inference_steps=4)
-    got = sbv2_jax.load(path)(PROMPTS, noise=noises, steps=4)
+    got = sbv2_jax.load(path).draw(PROMPTS, noise=noises, steps=4)
     assert np.abs(got / 255.0 - want).max() < 2 / 255
 
 
 def test_a_picture_depends_on_its_prompt_seed_and_index_alone(tmp_path):
     write_pipeline(tmp_path)
     ours = sbv2_jax.load(make_run(tmp_path, "run", **{"student.timesteps": FOUR}).directory / "export")
-    three = ours(["a dog", *PROMPTS], seed=3)
-    alone = ours(PROMPTS[:1], seed=3, indices=[1])
+    three = ours.draw(["a dog", *PROMPTS], seed=3)
+    alone = ours.draw(PROMPTS[:1], seed=3, indices=[1])
     assert np.abs(three[1].astype(int) - alone[0]).max() <= 1
     noise = np.asarray(initial_noise(3, [1], (8, 8, 4)))
-    given = ours(PROMPTS[:1], seed=3, indices=[1], noise=noise)
+    given = ours.draw(PROMPTS[:1], seed=3, indices=[1], noise=noise)
     assert np.abs(given.astype(int) - alone).max() <= 1, (
         "noise alone is z: the rest is of the seed and the index"
     )
-    other = ours(PROMPTS[:1], seed=4, indices=[1], noise=noise)
+    other = ours.draw(PROMPTS[:1], seed=4, indices=[1], noise=noise)
     assert np.abs(other.astype(int) - alone).max() > 5
     with pytest.raises(InputError, match=r"\(1, 2, 8, 8, 4\): finite float32 \(1, 4, 8, 8, 4\) is expected"):
-        ours(PROMPTS[:1], noise=noise[:, None].repeat(2, 1))
+        ours.draw(PROMPTS[:1], noise=noise[:, None].repeat(2, 1))
     with pytest.raises(InputError, match="steps=5: this LCMScheduler gives 1 to 4"):
-        ours(PROMPTS, steps=5)
+        ours.draw(PROMPTS, steps=5)
 
 
 def test_noises_of_further_steps_are_each_their_own():
@@ -175,7 +175,7 @@ def test_a_run_goes_on_to_the_same_bits_and_its_export_is_drawn_by_the_command(w
     assert done.returncode == 0, done.stderr
     settings = json.loads((out / "settings.json").read_text())
     assert (settings["steps"], settings["sampler"]) == (2, "lcm")
-    want = sbv2_jax.load(tmp_path / "straight" / "export")(["a dog", "dog"], seed=7)
+    want = sbv2_jax.load(tmp_path / "straight" / "export").draw(["a dog", "dog"], seed=7)
     for index, picture in enumerate(want):
         drawn = np.asarray(Image.open(out / f"{index:05d}.png")).astype(int)
         assert np.abs(drawn - picture).max() <= 1

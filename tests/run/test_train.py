@@ -140,7 +140,7 @@ def test_export_draws_the_same_picture_in_diffusers(straight, rng):
         guidance_scale=0,
         output_type="np",
     ).images
-    got = sbv2_jax.load(export)(["a red apple", "dog"], noise=noise)
+    got = sbv2_jax.load(export).draw(["a red apple", "dog"], noise=noise)
     assert got.std() > 20
     assert np.abs(got / 255.0 - want).max() < 2 / 255
     _, trained, _ = checkpoint.load(straight[0] / "checkpoints", prefix="ema.")

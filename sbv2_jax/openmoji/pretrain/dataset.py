@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import Tokenizer
