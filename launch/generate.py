@@ -3,6 +3,7 @@
 python launch/generate.py --model=runs/openmoji/export --prompt="a red apple on a blue background" --out=apple.png
 """
 
+import functools
 from argparse import Namespace
 
 from sbv2_jax import cli
@@ -10,7 +11,7 @@ from sbv2_jax.cli import Flag, path
 from sbv2_jax.fields import number, one_of, text, whole
 
 FLAGS = (
-    Flag("model", "A diffusers directory, a hub id, or 'bundled'.", path, text(), required=True),
+    Flag("model", "A run, a diffusers directory, a hub id, or 'bundled'.", path, text(), required=True),
     Flag("prompt", "A prompt; may be given several times.", several=True),
     Flag("prompts", "A file of prompts instead: text, CSV, JSON, Parquet ...", path, text()),
     Flag("column", "The column or key of the prompts in that file.", default=""),
@@ -37,6 +38,17 @@ FLAGS = (
         str,
         one_of("ddim", "dpm", "lcm"),
     ),
+    Flag("negative_prompt", "What is not to be seen, in all pictures.", default=""),
+    Flag(
+        "negative_scale",
+        "How strongly, where there is no guidance: attention is steered away from it.",
+        float,
+        number(0),
+        default=0.5,
+    ),
+    Flag("height", "Pixels. Default: what the model was made for.", int, whole(1)),
+    Flag("width", "Pixels.", int, whole(1)),
+    Flag("precision", "Of the networks.", str, one_of("float32", "bfloat16"), "float32"),
     Flag("batch_size", "Pictures drawn at a time.", int, whole(1), default=16),
 )
 
@@ -45,10 +57,11 @@ def main(given: Namespace) -> None:
     # jax is loaded only once the flags are right
     from sbv2_jax.devices.cache import use_cache
     from sbv2_jax.generate.draw import draw
+    from sbv2_jax.run.drawn import drawn_of
 
     use_cache()
     draw(
-        given.model,
+        functools.partial(drawn_of, given.model, dtype=given.precision),
         given.out,
         prompts=given.prompt,
         prompts_file=given.prompts,
@@ -60,6 +73,11 @@ def main(given: Namespace) -> None:
         guidance=given.guidance,
         sampler=given.sampler,
         batch_size=given.batch_size,
+        negative_prompt=given.negative_prompt,
+        negative_scale=given.negative_scale,
+        height=given.height,
+        width=given.width,
+        precision=given.precision,
     )
 
 

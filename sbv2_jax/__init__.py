@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sbv2_jax.generate.inference import Pipeline, generate, load
+    from sbv2_jax.generate.inference import generate
+    from sbv2_jax.generate.pipeline import Pipeline, load
 
 __all__ = ["Pipeline", "generate", "load"]
 __version__ = "0.1.0"
@@ -12,7 +13,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Imported when asked for: a command that only reads flags need not wait for jax.
     if name in __all__:
-        from sbv2_jax.generate import inference
+        from sbv2_jax.generate import inference, pipeline
 
-        return getattr(inference, name)
+        return getattr(inference if name == "generate" else pipeline, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -327,13 +327,14 @@ def classifier_free_guidance(
     return unconditional + scale * (conditional - unconditional)
 
 
-def is_guided(scale: float) -> bool:
+def is_guided(scale: float | jax.Array) -> bool:
     """Whether classifier-free guidance of this scale changes the network's output: 1 and less are none.
 
-    Turbo models are documented with a guidance of 0 and mean none, where the formula would erase the prompt.
+    Turbo models are documented with a guidance of 0 and mean none, where the formula would erase the prompt. A scale
+    that is traced is applied whatever it is: who traces it has asked before.
     Source: diffusers' `do_classifier_free_guidance`, and `predict_noise` of DMD2 (Yin et al., 2024).
     """
-    return scale > 1
+    return isinstance(scale, jax.core.Tracer) or bool(scale > 1)
 
 
 def coefficients(schedule: Schedule, t: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ import numpy as np
 from sbv2_jax.diffusion.schedule import is_guided
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate.pictures import Folder, Pictures
-from sbv2_jax.generate.inference import Pipeline
+from sbv2_jax.generate.pipeline import Pipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,30 +3,38 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from tqdm.auto import tqdm
 
 from sbv2_jax.convert.formats.files import new_file, read_json, write_json
-from sbv2_jax.convert.formats.pipeline import load_pipeline
 from sbv2_jax.data.prompts import describe_cut, notes_of, open_prompts
 from sbv2_jax.data.text_prompts import clean_text
 from sbv2_jax.diffusion.samplers import settled
-from sbv2_jax.diffusion.schedule import is_guided, make_schedule
+from sbv2_jax.diffusion.schedule import ScheduleConfig, is_guided, make_schedule
 from sbv2_jax.errors import InputError
-from sbv2_jax.generate.inference import check_numbers, check_prompts, load
-from sbv2_jax.generate.pictures import save_png, tile
+from sbv2_jax.generate.inference import NEGATIVE_SCALE
+from sbv2_jax.generate.pictures import PngWriter, save_png, tile
+from sbv2_jax.generate.pipeline import Pipeline, check_numbers, check_prompts
 
 SETTINGS = "settings.json"
 _OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
+class Drawn(NamedTuple):
+    """What pictures are drawn of: its name, its noise schedule, and how it is loaded."""
+
+    name: str
+    schedule_config: ScheduleConfig
+    load: Callable[[], Pipeline]
+
+
 def draw(
-    model: str,
+    opened: Callable[[], Drawn],
     out: str,
     *,
     prompts: Sequence[str],
@@ -39,18 +47,24 @@ def draw(
     guidance: float,
     sampler: str | None,
     batch_size: int,
+    negative_prompt: str = "",
+    negative_scale: float = NEGATIVE_SCALE,
+    height: int | None = None,
+    width: int | None = None,
+    precision: str = "float32",
 ) -> None:
     """Draws `num` pictures for each prompt and writes them to a .png file, or as 00000.png ... to a directory.
 
-    The picture of a prompt depends on the prompt, its place and the seed. Without `steps` and `sampler` a student draws
-    in its own. Pictures that a directory already
+    `opened` opens the model, and is called once all else is right; `precision`, that in which it will be loaded, is for
+    the record. The other settings are those of `Pipeline.draw`.
+    The picture of a prompt depends on the prompt, its place and the seed. Pictures that a directory already
     holds are kept, so a run that was interrupted goes on where it stopped; `settings.json` beside them says what
     they were drawn from, and with anything else the directory is refused.
     Raises InputError for bad input before anything is written.
     """
     if bool(prompts) == bool(prompts_file):
         raise InputError("give either --prompt or --prompts")
-    check_numbers(seed=seed, steps=steps, guidance=guidance)
+    check_numbers(seed=seed, steps=steps, guidance=guidance, negative_scale=negative_scale)
     given, notes = _read_prompts(prompts_file, column) if prompts_file else (_cleaned(prompts), ())
     check_prompts(given)
     texts = [text for text in given for _ in range(num)]
@@ -61,10 +75,10 @@ def draw(
         raise InputError(f"--out={out}: only .png files are written")
     one_file = suffix == ".png"
     _require_writable(path.parent if one_file else path, out)
-    if steps is None or sampler is None:
-        steps, sampler = settled(make_schedule(load_pipeline(model).schedule_config), steps, sampler)
+    drawn = opened()
+    steps, sampler = settled(make_schedule(drawn.schedule_config), steps, sampler)
     settings = {
-        "model": model,
+        "model": drawn.name,
         "prompts": hashlib.sha256(json.dumps(given).encode()).hexdigest(),
         "num": num,
         "seed": seed,
@@ -73,37 +87,50 @@ def draw(
         "guidance": guidance if is_guided(guidance) else 1.0,
         "sampler": sampler,
     }
+    # Not among them where they are not asked for: directories from before there were these go on.
+    asked = {"height": height, "width": width}
+    if negative_prompt.strip():
+        asked["negative_prompt"] = negative_prompt
+        asked["negative_scale"] = None if is_guided(guidance) else negative_scale
+    if precision != "float32":
+        asked["precision"] = precision
+    settings |= {name: value for name, value in asked.items() if value is not None}
     if not one_file:
         _require_same(path, settings)
 
-    pipeline = load(model)
+    pipeline = drawn.load()
+    pipeline.latents_of(height, width)
     for line in (*notes, *filter(None, [describe_cut(given, pipeline.tokenizer)])):
         logging.warning(line)
     names = [path / f"{index:05d}.png" for index in range(len(texts))]
     todo = [index for index in range(len(texts)) if one_file or not names[index].exists()]
     pictures = []
-    for start in tqdm(range(0, len(todo), batch_size), unit="batch", disable=len(todo) <= batch_size):
-        indices = todo[start : start + batch_size]
-        # The last batch is filled up, so that one compiled program draws all of them.
-        padded = (indices + [indices[-1]] * batch_size)[: min(batch_size, len(todo))]
-        batch = pipeline.draw(
-            [texts[index] for index in padded],
-            seed=seed,
-            indices=padded,
-            noise=None if noise is None else noise[padded],
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-        )[: len(indices)]
-        if one_file:
-            pictures.extend(batch)
-        else:
+    with PngWriter() as files:
+        for start in tqdm(range(0, len(todo), batch_size), unit="batch", disable=len(todo) <= batch_size):
+            indices = todo[start : start + batch_size]
+            # The last batch is filled up, so that one compiled program draws all of them.
+            padded = (indices + [indices[-1]] * batch_size)[: min(batch_size, len(todo))]
+            batch = pipeline.draw(
+                [texts[index] for index in padded],
+                seed=seed,
+                indices=padded,
+                noise=None if noise is None else noise[padded],
+                steps=steps,
+                guidance=guidance,
+                sampler=sampler,
+                negative_prompt=negative_prompt,
+                negative_scale=negative_scale,
+                height=height,
+                width=width,
+            )[: len(indices)]
+            if one_file:
+                pictures.extend(batch)
+                continue
             # Not before the first batch: what the pipeline refuses leaves nothing behind.
             if not (path / SETTINGS).exists():
                 with new_file(path / SETTINGS) as partial:
                     write_json(partial, settings)
-            for index, picture in zip(indices, batch, strict=True):
-                save_png(names[index], picture)
+            files.write([names[index] for index in indices], batch)
     if one_file:
         save_png(path, tile(np.stack(pictures)))
     print(f"{len(todo)} picture(s): {path}")
@@ -157,9 +184,11 @@ def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
         return
     there = read_json(directory / SETTINGS)
     differ = []
-    for name, here in settings.items():
-        if there.get(name) != here:
+    for name in {**settings, **there}:
+        if there.get(name) != settings.get(name):
             told = {"prompts": "the prompts differ", "noise": "the noise differs"}
-            differ.append(told.get(name) or f"{name} is {there.get(name)!r} there, {here!r} here")
+            differ.append(
+                told.get(name) or f"{name} is {there.get(name)!r} there, {settings.get(name)!r} here"
+            )
     if differ:
         raise InputError(f"--out={directory} holds pictures of other settings: {'; '.join(differ)}")

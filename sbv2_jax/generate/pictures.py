@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,35 @@ def save_png(path: str | Path, picture: np.ndarray) -> None:
         with contextlib.suppress(OSError):
             scratch.unlink()
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class PngWriter:
+    """Writes batches of pictures as PNG files, each while the next is drawn: compressing one of 512 px takes 0.1 s.
+
+    A context: on the way out all is written. Raises InputError as `save_png` does, for the batch before.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(thread_name_prefix="png")
+        self._writing: list[Future] = []
+
+    def write(self, paths: Sequence[Path], pictures: Sequence[np.ndarray]) -> None:
+        """Begins to write a batch, after the one before is written."""
+        self._wait()
+        self._writing = [self._pool.submit(save_png, *each) for each in zip(paths, pictures, strict=True)]
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, []
+        for each in writing:
+            each.result()
+
+    def __enter__(self) -> "PngWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._wait()
 
 
 def grid(columns: dict[str, np.ndarray], captions: Sequence[str], *, scale: int = 1) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sbv2_jax.models.clip import CLIPTextConfig
 from sbv2_jax.models.network import Network
+from sbv2_jax.models.transformer import Context, Steered
 from sbv2_jax.models.unet import AddedConditions, UNetConfig
 from sbv2_jax.tree import Params, Shapes
 
@@ -20,10 +21,10 @@ TOWERS = ("text_encoder", "text_encoder_2")
 class Text(NamedTuple):
     """The conditions of a UNet, as it takes them after latents and time: `apply(params, x, t, *text)`.
 
-    `context` [B, S, D]; `added` is None but for SDXL. The null condition has no batch axis.
+    `context` [B, S, D], or `Steered`; `added` is None but for SDXL. The null condition has no batch axis.
     """
 
-    context: jax.Array
+    context: Context
     added: AddedConditions | None = None
 
 
@@ -75,6 +76,11 @@ class TextEncoder:
             return text
         context, pooled = jnp.zeros_like(text.context), jnp.zeros_like(text.added.text_embeds)
         return Text(context, text.added._replace(text_embeds=pooled))
+
+
+def steered(text: Text, away: Text, scale: jax.Array | float) -> Text:
+    """Returns conditions of a prompt that keep away from those of another, as `Steered` has it."""
+    return text._replace(context=Steered(text.context, away.context, jnp.asarray(scale)))
 
 
 def like(null: Text, text: Text) -> Text:

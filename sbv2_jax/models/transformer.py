@@ -1,5 +1,7 @@
 """The spatial transformer of the UNet: self-attention, cross-attention to the text, gated feed-forward."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,22 @@ from flax import nnx
 from sbv2_jax.models.attention import Core, attention
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, LayerNorm, Linear
 from sbv2_jax.models.module import Module
+
+
+class Steered(NamedTuple):
+    """A context [B, M, C] with one to keep away from, [B, K, C], and how strongly.
+
+    Cross-attention to `away`, times `scale`, is taken from that to `context`: a negative prompt for a network that is
+    called without guidance. Source: NASA, of SNOOPI (Nguyen et al., 2024).
+    """
+
+    context: jax.Array
+    away: jax.Array
+    scale: jax.Array
+
+
+# What the UNet attends to beside itself.
+Context = jax.Array | Steered
 
 
 class Attention(Module):
@@ -29,9 +47,15 @@ class Attention(Module):
         self.to_v = Linear(context_channels, inner, use_bias=False, rngs=rngs)
         self.to_out = nnx.List([Linear(inner, channels, rngs=rngs)])
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out[0](attention(query, key, value, self.heads, core=self._core))
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        query = self.to_q(x)
+        if not isinstance(context, Steered):
+            return self.to_out[0](self._attend(query, context))
+        away = context.scale.astype(x.dtype) * self._attend(query, context.away)
+        return self.to_out[0](self._attend(query, context.context) - away)
+
+    def _attend(self, query: jax.Array, context: jax.Array) -> jax.Array:
+        return attention(query, self.to_k(context), self.to_v(context), self.heads, core=self._core)
 
 
 class GEGLU(Module):
@@ -84,7 +108,7 @@ class BasicTransformerBlock(Module):
         self.norm3 = LayerNorm(channels, 1e-5, rngs)
         self.ff = FeedForward(channels, rngs)
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         normed = self.norm1(x)
         x = x + self.attn1(normed, normed)
         x = x + self.attn2(self.norm2(x), context)
@@ -123,7 +147,7 @@ class Transformer2DModel(Module):
             ]
         )
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         batch, height, width, _ = x.shape
         hidden = self.proj_in(self.norm(x))
         hidden = hidden.reshape(batch, height * width, -1)

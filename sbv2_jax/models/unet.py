@@ -12,7 +12,7 @@ from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear, sinusoidal_embedding
 from sbv2_jax.models.module import Module
 from sbv2_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from sbv2_jax.models.transformer import Transformer2DModel
+from sbv2_jax.models.transformer import Context, Transformer2DModel
 
 _DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -243,7 +243,7 @@ class DownBlock(_Block):
                 [Downsample2D(channels, channels, padding=config.downsample_padding, rngs=rngs)]
             )
 
-    def __call__(self, x: jax.Array, emb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(self, x: jax.Array, emb: jax.Array, context: Context) -> tuple[jax.Array, list[jax.Array]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = self._call(resnet, x, emb)
@@ -269,7 +269,7 @@ class MidBlock(_Block):
             [_resnet(config, channels, channels, rngs) for _ in range(2 if self.attends else 1)]
         )
 
-    def __call__(self, x: jax.Array, emb: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, emb: jax.Array, context: Context) -> jax.Array:
         x = self._call(self.resnets[0], x, emb)
         if self.attends:
             x = self._call(self.attentions[0], x, context)
@@ -297,7 +297,7 @@ class UpBlock(_Block):
             self.upsamplers = nnx.List([Upsample2D(channels, channels, rngs)])
 
     def __call__(
-        self, x: jax.Array, skips: list[jax.Array], emb: jax.Array, context: jax.Array
+        self, x: jax.Array, skips: list[jax.Array], emb: jax.Array, context: Context
     ) -> tuple[jax.Array, list[jax.Array]]:
         for i, resnet in enumerate(self.resnets):
             x = self._call(resnet, jnp.concatenate([x, skips[-1 - i]], axis=-1), emb)
@@ -338,14 +338,14 @@ class UNet2DConditionModel(Module):
         self,
         latents: jax.Array,
         timesteps: jax.Array,
-        context: jax.Array,
+        context: Context,
         added: AddedConditions | None = None,
     ) -> jax.Array:
         """Returns the network's output, float32 [B, h, w, out_channels], whatever the dtype of the latents.
 
         latents [B, h, w, in_channels], timesteps [B], context [B, S, cross_attention_dim] from the text
-        encoder; `added` only, and then always, for SDXL. Raises ValueError where h or w is not a multiple of
-        the total downsampling.
+        encoder, or `Steered` away from another; `added` only, and then always, for SDXL. Raises ValueError where h
+        or w is not a multiple of the total downsampling.
         """
         factor = 2 ** (len(self.down_blocks) - 1)
         if latents.shape[1] % factor or latents.shape[2] % factor:

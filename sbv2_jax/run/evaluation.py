@@ -14,7 +14,6 @@ from sbv2_jax.convert.formats.pipeline import load_pipeline
 from sbv2_jax.convert.merge import merged, require_mergeable
 from sbv2_jax.convert.model import Model
 from sbv2_jax.diffusion.samplers import SAMPLERS
-from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate import report, sources
 from sbv2_jax.evaluate.measure import evaluate
@@ -22,8 +21,9 @@ from sbv2_jax.evaluate.pictures import Pictures
 from sbv2_jax.evaluate.protocol import Protocol
 from sbv2_jax.evaluate.sources import Source
 from sbv2_jax.fields import nearest
-from sbv2_jax.generate.inference import Pipeline, check_numbers, load, ready
-from sbv2_jax.run.trained import CHECKPOINTS, kept_student, open_run_or_model, read_run, student_of
+from sbv2_jax.generate.pipeline import Pipeline, check_numbers
+from sbv2_jax.run.drawn import drawn_of, pipeline_of
+from sbv2_jax.run.trained import is_run, open_run_or_model, read_run
 
 _SETTINGS = ("steps", "guidance", "sampler", "step", "which")
 _RANGE = re.compile(r"([^:]+):([^:]+):([^:]+)")
@@ -138,13 +138,9 @@ def _check_numbers(numbers: Mapping[str, Any]) -> None:
         check_numbers(seed=0, steps=steps, guidance=guidance)
 
 
-def _is_run(name: str) -> bool:
-    return (Path(name).expanduser() / CHECKPOINTS).is_dir()
-
-
 def _check(spec: Mapping[str, Any]) -> None:
     """Raises InputError where a model or its checkpoint is not there."""
-    if _is_run(spec["model"]):
+    if is_run(spec["model"]):
         read_run(spec["model"], spec["step"], "step")
         return
     if spec["step"] is not None or spec["which"] is not None:
@@ -153,14 +149,8 @@ def _check(spec: Mapping[str, Any]) -> None:
 
 
 def _of_model(spec: Mapping[str, Any], seeds: Sequence[int], batch_size: int) -> Iterator[Source]:
-    name = spec["model"]
-    if _is_run(name):
-        which = spec["which"] or kept_student(read_run(name, spec["step"], "step")[2])
-        step, student = student_of(name, step=spec["step"], which=which)
-        pipeline, name = _pipeline(student), f"{name} ({which} of step {step})"
-    else:
-        pipeline = load(name)
-    yield from _swept(name, pipeline, spec, seeds, batch_size)
+    drawn = drawn_of(spec["model"], step=spec["step"], which=spec["which"])
+    yield from _swept(drawn.name, drawn.load(), spec, seeds, batch_size)
 
 
 def _pair(text: str) -> list[Model]:
@@ -184,18 +174,10 @@ def _of_merges(
     for weight in weights:
         name = f"{weight:g} of {first.name} with {1 - weight:g} of {other.name}"
         unet = Component(first.unet.config, merged(models, (weight, 1.0 - weight)))
-        pipeline = _pipeline(Model(name, unet, first.pipeline, first.scheduler))
+        pipeline = pipeline_of(Model(name, unet, first.pipeline, first.scheduler))
         for source in _swept(name, pipeline, spec, seeds, batch_size):
             settings = {**source.settings, "model": f"{first.name} and {other.name}", "weight": weight}
             yield dataclasses.replace(source, settings=settings)
-
-
-def _pipeline(model: Model) -> Pipeline:
-    """Makes a UNet ready to draw in the pipeline around it."""
-    if model.pipeline is None:
-        raise InputError(f"{model.name} is a UNet on its own: a pipeline is needed to draw")
-    schedule = ScheduleConfig.from_dict(dict(model.scheduler), model.name)
-    return ready(load_pipeline(model.pipeline), model.name, unet=model.unet, schedule=schedule)
 
 
 def _swept(

@@ -9,15 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.devices.sharding import batch_sharding, shardings
 from sbv2_jax.diffusion.samplers import settled
+from sbv2_jax.distill.random_numbers import further_noise, initial_noise
 from sbv2_jax.distill.state import Frozen, TrainState
-from sbv2_jax.generate.inference import (
-    Generator,
-    GeneratorParams,
-    further_noise,
-    generate,
-    initial_noise,
-    to_uint8,
-)
+from sbv2_jax.generate.inference import Generator, GeneratorParams, generate, to_uint8
 from sbv2_jax.models import lora
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair

@@ -25,7 +25,8 @@ from sbv2_jax.diffusion import samplers
 from sbv2_jax.diffusion.schedule import is_guided, make_schedule
 from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.errors import InputError
-from sbv2_jax.generate.inference import GeneratorParams, check_numbers, draw_latents
+from sbv2_jax.generate.inference import GeneratorParams, draw_latents
+from sbv2_jax.generate.pipeline import check_numbers
 from sbv2_jax.models.conditions import join_towers
 from sbv2_jax.run.arrays import place
 from sbv2_jax.run.build import DTYPES

@@ -121,12 +121,17 @@ def model_of(
     )
 
 
+def is_run(name: str | Path) -> bool:
+    """Whether a name is that of a run's directory, and not of a model's."""
+    return (Path(name) / CHECKPOINTS).is_dir()
+
+
 def open_run_or_model(model: str | Path) -> Model:
     """Opens a pipeline, a UNet on its own, or a run, which stands for its newest student that verifies.
 
     Raises InputError as `open_model` and `student_of` do.
     """
-    if (Path(model) / CHECKPOINTS).is_dir():
+    if is_run(model):
         return student_of(model)[1]
     return open_model(model)
 

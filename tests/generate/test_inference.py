@@ -1,22 +1,31 @@
 """Pictures from a pipeline directory against diffusers' own pipeline on the same noise, and the pure function."""
 
 import dataclasses
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers import StableDiffusionPipeline as TorchPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from parity import nchw
 from PIL import Image
 from tiny_pipeline import write_pipeline
 
 import sbv2_jax
 from sbv2_jax.convert.formats.component import load_component
+from sbv2_jax.convert.formats.pipeline import one_step_scheduler
+from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.errors import InputError
 from sbv2_jax.generate.draw import draw
-from sbv2_jax.generate.inference import Pipeline, initial_noise
+from sbv2_jax.generate.pipeline import Pipeline
+from sbv2_jax.run.drawn import drawn_of
 
 PROMPTS = ["a red apple", "dog"]
 SETTINGS = {"num": 1, "seed": 0, "noise_file": None, "steps": 1, "guidance": 1.0, "sampler": "dpm"}
@@ -169,12 +178,12 @@ def test_drawing_goes_on_where_it_stopped_and_repeats_given_noise(directory, tmp
     prompts.write_text("a dog\na red apple\ndog\n")
     out = tmp_path / "pictures"
     common = {"prompts": [], "prompts_file": str(prompts), "batch_size": 2, **SETTINGS}
-    draw(str(directory), str(out), **common)
+    draw(functools.partial(drawn_of, str(directory)), str(out), **common)
     files = sorted(out.glob("*.png"))
     assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png"]
     before = [file.read_bytes() for file in files]
     files[1].unlink()
-    draw(str(directory), str(out), **common)
+    draw(functools.partial(drawn_of, str(directory)), str(out), **common)
     difference = np.asarray(Image.open(files[1]), int)
     files[1].write_bytes(before[1])
     assert np.abs(difference - np.asarray(Image.open(files[1]), int)).max() <= 1
@@ -182,5 +191,95 @@ def test_drawing_goes_on_where_it_stopped_and_repeats_given_noise(directory, tmp
     noise = rng.standard_normal((3, 8, 8, 4), np.float32)
     np.save(tmp_path / "noise.npy", noise)
     sheet = tmp_path / "sheet.png"
-    draw(str(directory), str(sheet), **common | {"noise_file": str(tmp_path / "noise.npy")})
+    draw(
+        functools.partial(drawn_of, str(directory)),
+        str(sheet),
+        **common | {"noise_file": str(tmp_path / "noise.npy")},
+    )
     assert Image.open(sheet).size == (64, 64)
+
+
+def test_a_negative_prompt_with_guidance_is_that_of_diffusers(ours, directory, rng):
+    noise = rng.standard_normal((2, 8, 8, 4), np.float32)
+    theirs = TorchPipeline.from_pretrained(directory)
+    theirs.set_progress_bar_config(disable=True)
+    settings = {"latents": nchw(noise), "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    want = theirs(PROMPTS, negative_prompt=["an apple"] * 2, **settings).images
+    got = ours.draw(PROMPTS, noise=noise, steps=4, guidance=3.0, sampler="ddim", negative_prompt="an apple")
+    assert np.abs(got / 255.0 - want).max() < 2 / 255
+    assert np.abs(theirs(PROMPTS, **settings).images - want).max() > 10 / 255
+
+
+class Away:
+    """NASA (SNOOPI), as a processor of diffusers' attention: what is attended to the other context is taken away."""
+
+    def __init__(self, away: torch.Tensor, scale: float):
+        self.away, self.scale, self.plain = away, scale, AttnProcessor2_0()
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        project, attn.to_out = attn.to_out, torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+        context, away = (self.plain(attn, hidden_states, one) for one in (encoder_hidden_states, self.away))
+        attn.to_out = project
+        return project[1](project[0](context - self.scale * away))
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.5])
+def test_without_guidance_attention_is_steered_away_from_the_negative_prompt(ours, directory, rng, scale):
+    noise = rng.standard_normal((2, 8, 8, 4), np.float32)
+    theirs = TorchPipeline.from_pretrained(directory)
+    away = theirs.encode_prompt(["an apple"] * 2, "cpu", 1, False)[0]
+    attentions = theirs.unet.attn_processors
+    theirs.unet.set_attn_processor(
+        {name: Away(away, scale) if ".attn2." in name else one for name, one in attentions.items()}
+    )
+    theirs.scheduler = DDPMScheduler.from_config(one_step_scheduler(ours.parts.scheduler))
+    theirs.set_progress_bar_config(disable=True)
+    settings = {"latents": nchw(noise), "num_inference_steps": 1, "guidance_scale": 0, "output_type": "np"}
+    want = theirs(PROMPTS, **settings).images
+    got = ours.draw(PROMPTS, noise=noise, negative_prompt="an apple", negative_scale=scale)
+    assert np.abs(got / 255.0 - want).max() < 2 / 255
+    assert np.abs(ours.draw(PROMPTS, noise=noise) / 255.0 - want).max() > 5 / 255
+    assert np.abs(ours.draw(PROMPTS, noise=noise, negative_prompt="an apple", negative_scale=0.0)
+                  - ours.draw(PROMPTS, noise=noise).astype(int)).max() <= 1  # fmt: skip
+
+
+def test_another_size_is_that_of_diffusers(ours, directory, rng):
+    noise = rng.standard_normal((2, 4, 12, 4), np.float32)
+    theirs = TorchPipeline.from_pretrained(directory)
+    theirs.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    want = theirs(PROMPTS, latents=nchw(noise), height=16, width=48, **settings).images
+    got = ours.draw(PROMPTS, noise=noise, height=16, width=48, steps=4, guidance=3.0, sampler="ddim")
+    assert got.shape == (2, 16, 48, 3) and np.abs(got / 255.0 - want).max() < 2 / 255
+
+
+def test_other_batches_and_strengths_are_drawn_by_the_same_program(ours):
+    program = ours._program(2, "ddim")
+    before = program._cache_size()
+    for count, guidance in ((5, 2.0), (8, 3.5), (7, 4.0)):
+        pictures = ours.draw(["dog"] * count, steps=2, guidance=guidance, sampler="ddim")
+        assert len(pictures) == count
+    assert program._cache_size() == before + 1
+
+
+DEVICES = """
+import sys
+import jax, numpy as np, sbv2_jax
+pipeline = sbv2_jax.load(sys.argv[1])
+pictures = pipeline.draw(["dog", "a red apple"] * 4, seed=3)
+(row,) = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(pipeline.params)}
+assert jax.device_count() == 4 and row
+batch = pipeline._batch(np.zeros((8, 2), np.float32))
+assert [shard.data.shape for shard in batch.addressable_shards] == [(2, 2)] * 4
+np.save(sys.argv[2], pictures)
+"""
+
+
+@pytest.mark.slow
+def test_all_devices_draw_the_pictures_of_one(ours, directory, tmp_path):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[2])}
+    found = tmp_path / "pictures.npy"
+    subprocess.run([sys.executable, "-c", DEVICES, directory, found], env=environment, check=True)
+    want = ours.draw(["dog", "a red apple"] * 4, seed=3)
+    assert np.abs(np.load(found).astype(int) - want).max() <= 1

@@ -21,9 +21,9 @@ from train_command import CONFIG, fields
 import sbv2_jax
 from sbv2_jax import checkpoint
 from sbv2_jax.convert.formats.pipeline import diffusers_arguments, load_pipeline
+from sbv2_jax.distill.random_numbers import further_noise, initial_noise
 from sbv2_jax.errors import InputError
 from sbv2_jax.fields import load
-from sbv2_jax.generate.inference import further_noise, initial_noise
 from sbv2_jax.run.build import assemble
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import default_config, validate

@@ -14,7 +14,7 @@ from tiny_pipeline import write_world
 
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.devices.sharding import shardings
-from sbv2_jax.generate.inference import initial_noise
+from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.models import lora
 from sbv2_jax.run import predictions
 from sbv2_jax.run.arrays import load_frozen, load_state, place

@@ -22,9 +22,9 @@ from train_processes import ended, free_port, launch
 from sbv2_jax import checkpoint
 from sbv2_jax.data.pairs import Pairs
 from sbv2_jax.devices.sharding import make_mesh
+from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.errors import InputError
 from sbv2_jax.fields import load
-from sbv2_jax.generate.inference import initial_noise
 from sbv2_jax.run.batches import abstract_batch, next_batch, open_rows
 from sbv2_jax.run.build import assemble
 from sbv2_jax.run.components import read_parts

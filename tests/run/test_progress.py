@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_pipeline import write_world
 
-from sbv2_jax.generate.inference import initial_noise
+from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.run import painter, progress
 from sbv2_jax.run.arrays import load_frozen, load_state
 from sbv2_jax.run.compilation import lay_out

@@ -1,0 +1,41 @@
+"""What pictures are drawn of: a directory, a hub id, "bundled", or a run, which stands for its student."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from sbv2_jax.convert.formats.pipeline import load_pipeline
+from sbv2_jax.convert.model import Model
+from sbv2_jax.diffusion.schedule import ScheduleConfig
+from sbv2_jax.errors import InputError
+from sbv2_jax.generate.draw import Drawn
+from sbv2_jax.generate.pipeline import Pipeline, load, ready
+from sbv2_jax.run.trained import is_run, kept_student, read_run, student_of
+
+
+def drawn_of(
+    name: str, *, step: int | None = None, which: str | None = None, dtype: Any = jnp.float32
+) -> Drawn:
+    """Opens what is drawn of; of a run the newest step that verifies, or `step`, and its average where it keeps one.
+
+    `which` is "student" or "ema", of a run. A run's weights are read at once, a model's when they are asked for.
+    Raises InputError as `student_of` and `load` do.
+    """
+    if not is_run(name):
+        return Drawn(name, load_pipeline(name).schedule_config, lambda: load(name, dtype=dtype))
+    which = which or kept_student(read_run(name, step, "step")[2])
+    found, student = student_of(name, step=step, which=which)
+    said = f"{name} ({which} of step {found})"
+    return Drawn(said, _schedule(student), lambda: pipeline_of(student, dtype=dtype))
+
+
+def pipeline_of(model: Model, *, dtype: Any = jnp.float32) -> Pipeline:
+    """Makes a UNet ready to draw in the pipeline around it; raises InputError where there is none."""
+    if model.pipeline is None:
+        raise InputError(f"{model.name} is a UNet on its own: a pipeline is needed to draw")
+    parts = load_pipeline(model.pipeline, dtype=dtype)
+    return ready(parts, model.name, unet=model.unet, schedule=_schedule(model), dtype=dtype)
+
+
+def _schedule(model: Model) -> ScheduleConfig:
+    return ScheduleConfig.from_dict(dict(model.scheduler), model.name)
