@@ -82,23 +82,48 @@ def draw_latents(
     `negative_scale`.
     Pure: the generator, `steps` and `sampler` are static under `jax.jit`; a guidance that is traced is one over 1.
     """
-    dtype = params.unet["conv_in.kernel"].dtype
+    latent_shape = noise.shape[1:]
+    text = null = encode(generator, params, input_ids, latent_shape)
+    if negative_ids is not None:
+        negative = encode(generator, params, negative_ids, latent_shape)
+        if is_guided(guidance):
+            null = negative
+        else:
+            text = null = steered(text, negative, negative_scale)
+    elif is_guided(guidance):
+        empty = generator.text_encoder.null(params.text_encoder, null_ids, latent_shape)
+        null = like(cast(empty, _dtype(params)), text)
+    return denoised(
+        generator, params, text, null, noise, again, guidance=guidance, steps=steps, sampler=sampler
+    )
+
+
+def encode(
+    generator: Generator, params: GeneratorParams, input_ids: jax.Array, latent_shape: tuple[int, ...]
+) -> Text:
+    """Returns the conditions of prompts, of token ids as for `draw_latents`, in the UNet's dtype."""
+    found = generator.text_encoder.apply(params.text_encoder, input_ids, latent_shape)
+    return cast(found, _dtype(params))
+
+
+def denoised(
+    generator: Generator,
+    params: GeneratorParams,
+    text: Text,
+    null: Text,
+    noise: jax.Array,
+    again: jax.Array | None = None,
+    *,
+    guidance: float | jax.Array = 1.0,
+    steps: int | None = None,
+    sampler: str | None = None,
+) -> jax.Array:
+    """Returns scaled latents as `draw_latents` does, of conditions in the place of token ids."""
+    dtype = _dtype(params)
 
     def predict(x: jax.Array, t: jax.Array, text: Text) -> jax.Array:
         return generator.unet.apply(params.unet, x.astype(dtype), t, *text).astype(jnp.float32)
 
-    encoder, latent_shape = generator.text_encoder, noise.shape[1:]
-
-    def encoded(ids: jax.Array) -> Text:
-        return cast(encoder.apply(params.text_encoder, ids, latent_shape), dtype)
-
-    text = null = encoded(input_ids)
-    if is_guided(guidance) and negative_ids is not None:
-        null = encoded(negative_ids)
-    elif is_guided(guidance):
-        null = like(cast(encoder.null(params.text_encoder, null_ids, latent_shape), dtype), text)
-    elif negative_ids is not None:
-        text = null = steered(text, encoded(negative_ids), negative_scale)
     denoise = samplers.guided(predict, text, null, guidance)
     schedule = generator.schedule
     steps, sampler = samplers.settled(schedule, steps, sampler)
@@ -107,6 +132,10 @@ def draw_latents(
         timesteps = samplers.few_timesteps(schedule, steps) if sampler == "lcm" else last
         return samplers.few_steps(denoise, schedule, noise, again, timesteps, dtype)
     return samplers.sample(denoise, schedule, noise, steps=steps, sampler=sampler, dtype=dtype)
+
+
+def _dtype(params: GeneratorParams) -> jnp.dtype:
+    return params.unet["conv_in.kernel"].dtype
 
 
 def decode(generator: Generator, vae: Params, latents: jax.Array) -> jax.Array:

@@ -23,9 +23,13 @@ from sbv2_jax.generate.inference import (
     NEGATIVE_SCALE,
     Generator,
     GeneratorParams,
+    decode,
+    denoised,
+    encode,
     generate,
     to_uint8,
 )
+from sbv2_jax.generate.interpolation import between_noises, between_texts
 from sbv2_jax.models import attention
 from sbv2_jax.models.conditions import TextEncoder, join_towers, split_towers
 from sbv2_jax.models.registry import network
@@ -100,10 +104,10 @@ class Pipeline:
                 noise, again = noise[:, 0], noise[:, 1:]
         if sampler == "lcm" and again is None:
             again = further_noise(seed, indices, latents, steps - 1)
-        encode = self.tokenizer.encode
-        negative_ids = encode([negative_prompt] * len(prompts)) if negative_prompt.strip() else None
+        tokens = self.tokenizer.encode
+        negative_ids = tokens([negative_prompt] * len(prompts)) if negative_prompt.strip() else None
         # What is None is no input of the program; the strengths are, so that all of them share one.
-        rows = (encode(prompts), noise, again, negative_ids)
+        rows = (tokens(prompts), noise, again, negative_ids)
         strengths = {
             "guidance": np.float32(guidance) if is_guided(guidance) else None,
             "negative_scale": None
@@ -111,9 +115,38 @@ class Pipeline:
             else np.float32(negative_scale),
         }
         images = self._program(steps, sampler)(
-            self.params, *(self._batch(row) for row in rows), encode([""])[0], strengths
+            self.params, *(self._batch(row) for row in rows), tokens([""])[0], strengths
         )
         return to_uint8(images)[: len(prompts)]
+
+    def between(
+        self,
+        prompts: tuple[str, str],
+        shares: Sequence[float],
+        *,
+        seeds: tuple[int, int] = (0, 0),
+        noise_shares: Sequence[float] | None = None,
+    ) -> np.ndarray:
+        """Returns pictures from one prompt and noise to another, uint8 [F, H, W, 3], in a student's own steps.
+
+        `shares` are those of the second prompt, from 0 to 1, `noise_shares` those of the second seed's noise, the same
+        where they are not given. Both ways are spherical (`interpolation.slerp`); at the ends they are what `draw`
+        gives of the prompt and the seed. Raises InputError as `draw` does, and for a share outside 0 to 1.
+        """
+        check_prompts(prompts)
+        noise_shares = shares if noise_shares is None else noise_shares
+        for seed in seeds:
+            check_numbers(seed=seed, steps=None, guidance=1.0)
+        if len(shares) != len(noise_shares) or not all(0 <= share <= 1 for share in (*shares, *noise_shares)):
+            raise InputError("shares: as many of the noise as of the prompt are expected, from 0 to 1")
+        steps, sampler = self.settled(None, None)
+        again = None
+        if sampler == "lcm":
+            again = further_noise(seeds[0], [0] * len(shares), self.latent_shape, steps - 1)
+        ends = [initial_noise(seed, [0], self.latent_shape)[0] for seed in seeds]
+        rows = (np.asarray(shares, np.float32), np.asarray(noise_shares, np.float32), again)
+        images = self._way(self.params, self.tokenizer.encode(prompts), ends, *map(self._batch, rows))
+        return to_uint8(images)[: len(shares)]
 
     def latents_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Returns the shape of the latents of a picture, [h, w, c], without a size the model's own.
@@ -166,6 +199,19 @@ class Pipeline:
             given = {name: value for name, value in strengths.items() if value is not None}
             settings = {"negative_ids": negative_ids, "steps": steps, "sampler": sampler, **given}
             return generate(self.generator, params, input_ids, null_ids, noise, again, **settings)
+
+        return jax.jit(draw)
+
+    @functools.cached_property
+    def _way(self) -> Any:
+        def draw(params, input_ids, ends, shares, noise_shares, again):
+            text = encode(self.generator, params, input_ids, self.latent_shape)
+            first, second = (jax.tree.map(lambda leaf, end=end: leaf[end : end + 1], text) for end in (0, 1))
+            text = between_texts(first, second, shares)
+            noise = between_noises(*ends, noise_shares)
+            return decode(
+                self.generator, params.vae, denoised(self.generator, params, text, text, noise, again)
+            )
 
         return jax.jit(draw)
 
