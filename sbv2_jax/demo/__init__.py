@@ -1,0 +1,1 @@
+"""A live page of one-step pictures, for `launch/demo.py`."""

@@ -1,0 +1,118 @@
+"""What the live page shows: pictures of models that are opened once, each with the time that it took."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sbv2_jax.convert.merge import require_mergeable
+from sbv2_jax.errors import InputError
+from sbv2_jax.generate.pictures import tile
+from sbv2_jax.generate.pipeline import Pipeline
+from sbv2_jax.run.drawn import drawn_of, pipeline_of
+from sbv2_jax.run.trained import open_run_or_model
+from sbv2_jax.tree import Params
+
+MOST_PICTURES = 9
+_SHOWN_SIDE = 384  # pixels at least that a sheet of pictures has
+
+
+class Shown(NamedTuple):
+    """A sheet of pictures, uint8 [H, W, 3], and how long drawing it took, in seconds."""
+
+    sheet: np.ndarray
+    seconds: float
+
+
+class Studio:
+    """The models of a page, by name; each is loaded when it is first asked for, and kept.
+
+    Args:
+      models: directories, hub ids, "bundled" or runs (which stand for their newest student).
+      merge: two models of one shape whose weighted sum can be drawn, or none.
+
+    Raises InputError for a model that is not there, and for two that cannot be merged.
+    """
+
+    def __init__(self, models: Sequence[str], merge: Sequence[str] = ()):
+        self.names = list(dict.fromkeys(models))
+        self._opened: dict[str, Pipeline] = {}
+        self._loads = {name: drawn_of(name).load for name in self.names}
+        self._lock = threading.Lock()  # one picture at a time: the cores are shared
+        self._pair: tuple[Pipeline, Params, Params] | None = None
+        if merge:
+            first, other = (open_run_or_model(name) for name in merge)
+            require_mergeable([first, other])
+            pipeline = pipeline_of(first)
+            self._pair = (pipeline, pipeline.params.unet, jax.device_put(_float32(other.unet.params)))
+        self.merges = tuple(merge)
+
+    def pictures(
+        self,
+        name: str,
+        prompt: str,
+        *,
+        seed: int = 0,
+        count: int = 1,
+        negative_prompt: str = "",
+        steps: int | None = None,
+        guidance: float = 1.0,
+    ) -> Shown:
+        """Draws `count` pictures of a prompt, at most `MOST_PICTURES`; raises InputError as `Pipeline.draw` does."""
+        pipeline = self._open(name)
+        return self._timed(
+            lambda: pipeline.draw(
+                [prompt] * min(count, MOST_PICTURES),
+                seed=seed,
+                negative_prompt=negative_prompt,
+                steps=steps,
+                guidance=guidance,
+            )
+        )
+
+    def between(
+        self, name: str, prompts: tuple[str, str], seeds: tuple[int, int], share: float, noise_share: float
+    ) -> Shown:
+        """Draws the picture between two prompts and two noises; raises InputError as `Pipeline.between`."""
+        pipeline = self._open(name)
+        return self._timed(
+            lambda: pipeline.between(prompts, [share], seeds=seeds, noise_shares=[noise_share])
+        )
+
+    def merged(self, prompt: str, weight: float, *, seed: int = 0, count: int = 1) -> Shown:
+        """Draws pictures with `weight` of the first model of the merge and the rest of the other."""
+        if self._pair is None:
+            raise InputError("no two models were given to merge")
+        pipeline, first, other = self._pair
+        unet = _sum(first, other, np.float32(weight))
+        prompts = [prompt] * min(count, MOST_PICTURES)
+        return self._timed(lambda: pipeline.draw(prompts, seed=seed, unet=unet))
+
+    def _open(self, name: str) -> Pipeline:
+        if name not in self._loads:
+            raise InputError(f"{name!r} is none of the models here: {', '.join(self.names)}")
+        with self._lock:
+            if name not in self._opened:
+                self._opened[name] = self._loads[name]()
+            return self._opened[name]
+
+    def _timed(self, draw: Callable[[], np.ndarray]) -> Shown:
+        with self._lock:
+            begin = time.perf_counter()
+            pictures = draw()
+            seconds = time.perf_counter() - begin
+        sheet = tile(pictures)
+        scale = max(1, -(-_SHOWN_SIDE // sheet.shape[1]))
+        return Shown(sheet.repeat(scale, 0).repeat(scale, 1), seconds)
+
+
+@jax.jit
+def _sum(first: Params, other: Params, weight: jax.Array) -> Params:
+    return jax.tree.map(lambda one, two: weight * one + (1 - weight) * two, first, other)
+
+
+def _float32(params: Params) -> Params:
+    return {name: np.asarray(leaf, np.float32) for name, leaf in params.items()}
