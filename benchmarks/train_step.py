@@ -1,0 +1,158 @@
+"""Times the main job's step beside the same work in eager PyTorch: diffusers' networks, peft's LoRA, fused AdamW.
+
+python benchmarks/train_step.py --rounds=10
+
+Both take turns in one process, on the same prompts, with random numbers of their own. A line of JSON for each side, and
+for the ratio of each round. `pip install -e ".[test]"` brings PyTorch.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import jax
+import torch
+from absl import flags
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
+from side_by_side import in_turns, report
+from transformers import CLIPTextModel
+
+from sbv2_jax import cli
+from sbv2_jax.convert.formats.pipeline import load_pipeline
+from sbv2_jax.convert.formats.resolve import resolve
+from sbv2_jax.data.prompts import prompt_batches
+from sbv2_jax.devices.cache import use_cache
+from sbv2_jax.diffusion.schedule import make_schedule
+from sbv2_jax.fields import load
+from sbv2_jax.run.arrays import load_frozen, load_state
+from sbv2_jax.run.batches import next_batch
+from sbv2_jax.run.compilation import compile_step
+from sbv2_jax.run.loop import prepare
+
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Steps of each side.", lower_bound=2)
+_BATCH = flags.DEFINE_integer("batch_size", 64, "Images of a step.", lower_bound=1)
+
+
+class Ours:
+    """The step of configs/openmoji.py, compiled as a run compiles it."""
+
+    def __init__(self, config):
+        with tempfile.TemporaryDirectory() as empty:
+            self.run, layout, source, self.tokenizers, self.fillings, start, *_ = prepare(config, Path(empty))
+        self.frozen = load_frozen(self.run, self.tokenizers["input_ids"].encode([""])[0], layout.frozen)
+        self.compiled, _ = compile_step(config, self.run, layout)
+        self.state, self.mesh = load_state(self.run, layout.state, start), layout.mesh
+        self.batches = prompt_batches(source, config.batch_size, config.seed)
+        self.number = 0
+
+    def __call__(self) -> None:
+        batch = next_batch(
+            self.batches, self.tokenizers, self.mesh, self.run.method.updates, self.fillings, self.number
+        )
+        self.number += 1
+        self.state, metrics = self.compiled(self.state, self.frozen, batch)
+        jax.block_until_ready((self.state, metrics))
+
+
+class Eager:
+    """The same in PyTorch: full training of a student of v, DMD's weighting, guidance on the teacher alone, EMA."""
+
+    def __init__(self, config, tokenizer, prompts):
+        directory = resolve(config.teacher)
+        self.text = CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=torch.float32)
+        self.student = UNet2DConditionModel.from_pretrained(directory / "unet", torch_dtype=torch.float32)
+        self.average = copy.deepcopy(self.student).requires_grad_(False)
+        lora = LoraConfig(
+            r=config.score.rank, lora_alpha=config.score.alpha, target_modules=config.score.targets
+        )
+        # The teacher is the score model without its adapters: one copy of the weights.
+        self.score = inject_adapter_in_model(lora, copy.deepcopy(self.student))
+        self.score_weights = [one for one in self.score.parameters() if one.requires_grad]
+        settings = {"betas": (config.optimizer.b1, config.optimizer.b2), "fused": True}
+        self.optimizers = [
+            torch.optim.AdamW(self.student.parameters(), lr=config.student.lr, **settings),
+            torch.optim.AdamW(self.score_weights, lr=config.score.lr, **settings),
+        ]
+        self.config, self.tokenizer, self.prompts = config, tokenizer, prompts
+        side = self.student.config.sample_size
+        self.shape = (config.batch_size, self.student.config.in_channels, side, side)
+        schedule = make_schedule(load_pipeline(directory).schedule_config)
+        self.a, self.s = (torch.tensor(jax.device_get(one)) for one in (schedule.alpha, schedule.sigma))
+        with torch.no_grad():
+            self.null = self._encode([""])
+
+    def _encode(self, prompts: list[str]) -> torch.Tensor:
+        return self.text(torch.tensor(self.tokenizer.encode(prompts), dtype=torch.long)).last_hidden_state
+
+    def _of(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a[t].view(-1, 1, 1, 1), self.s[t].view(-1, 1, 1, 1)
+
+    def _adapted(self, on: bool) -> None:
+        for module in self.score.modules():
+            if hasattr(module, "enable_adapters"):
+                module.enable_adapters(on)
+
+    def __call__(self) -> None:
+        config, count = self.config, self.config.batch_size
+        with torch.no_grad():
+            text = self._encode(next(self.prompts))
+        z, last = torch.randn(self.shape), torch.full((count,), len(self.a) - 1)
+        a, s = self._of(last)
+        x = a * z - s * self.student(z, last, text).sample
+        with torch.no_grad():
+            t, noise = (
+                torch.randint(config.vsd.t_min, config.vsd.t_max + 1, (count,)),
+                torch.randn(self.shape),
+            )
+            a, s = self._of(t)
+            x_t = a * x + s * noise
+            null = self.null.expand_as(text)
+            self._adapted(False)
+            guided = self.score(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([null, text])).sample
+            without, with_ = guided.chunk(2)
+            teacher = without + config.vsd.guidance * (with_ - without)
+            self._adapted(True)
+            score = self.score(x_t, t, text).sample
+            weight = s / (a * (x - (a * x_t - s * teacher)).abs().mean((1, 2, 3), keepdim=True))
+            direction = weight * a * (teacher - score)
+        self._descend(0, (direction * x).mean(), self.student.parameters())
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.student.parameters()), 1 - config.ema
+            )
+        dropped = torch.rand(count, 1, 1) < config.score.null_prompt_probability
+        x, t, noise = x.detach(), torch.randint(0, len(self.a), (count,)), torch.randn(self.shape)
+        a, s = self._of(t)
+        x_t = a * x + s * noise
+        output = self.score(x_t, t, torch.where(dropped, self.null, text)).sample
+        epsilon = s * x_t + a * output
+        self._descend(1, (a**2 * (epsilon - noise) ** 2).mean(), self.score_weights)
+
+    def _descend(self, which: int, loss: torch.Tensor, weights) -> None:
+        self.optimizers[which].zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(weights), self.config.optimizer.clip_norm)
+        self.optimizers[which].step()
+
+
+def main() -> None:
+    use_cache()
+    config = load("configs/openmoji.py").unlock()
+    config.batch_size = _BATCH.value
+    ours = Ours(config)
+    tokenizer = ours.tokenizers["input_ids"]
+    eager = Eager(config, tokenizer, ours.batches)
+    seconds = in_turns({"sbv2_jax": ours, "PyTorch eager": eager}, _ROUNDS.value)
+    device = jax.devices()[0].device_kind
+    report(
+        "training step, configs/openmoji.py",
+        seconds,
+        config.batch_size,
+        device=device,
+        batch=config.batch_size,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
