@@ -177,9 +177,19 @@ def make_ready(
         scoring=scoring,
         batches=batches,
         fillings=fillings,
-        step=step,
+        step=step and _unless_a_save_failed(checkpoints, step),
         probe=probe,
     )
+
+
+def _unless_a_save_failed(checkpoints: Checkpoints, step: TrainStep) -> TrainStep:
+    """Returns a step that first raises the error of a save which has failed beside the steps before."""
+
+    def checked(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        checkpoints.check()
+        return step(state, frozen, batch)
+
+    return checked
 
 
 def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
