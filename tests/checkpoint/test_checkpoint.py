@@ -1,6 +1,7 @@
 """Checkpoints that are healthy, damaged, or of another run: verified values or a clear error."""
 
 import gc
+import json
 import re
 import shutil
 import time
@@ -16,9 +17,10 @@ from made_checkpoints import CONFIG, State, abstract, assert_same_bits, contents
 from orbax.checkpoint._src.multihost import multihost
 
 from sbv2_jax.checkpoint import CheckpointError, load
-from sbv2_jax.checkpoint.files import step_numbers
-from sbv2_jax.checkpoint.manifest import changed_leaves, describe
+from sbv2_jax.checkpoint.files import file_sizes, step_numbers
+from sbv2_jax.checkpoint.manifest import changed_leaves, describe, json_digest
 from sbv2_jax.errors import InputError
+from sbv2_jax.tree import leaf_names
 
 # A read that Orbax gives up on leaves coroutines behind; they are of no interest here.
 pytestmark = [
@@ -234,6 +236,37 @@ def test_another_format_is_an_error_not_damage(stored):
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     with opened(stored) as checkpoints, pytest.raises(InputError, match="has format 2; this version reads"):
         checkpoints.restore(abstract(state_at(0)))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_step_of_before_is_verified_as_it_was(tmp_path, damaged):
+    """Compressed, by Orbax's own handler, with one digest an array and nothing of parts or sources."""
+    leaves = dict(zip(leaf_names(state_at(5)), jax.tree.leaves(state_at(5)), strict=True))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(tmp_path / "5", args=ocp.args.Composite(state=ocp.args.StandardSave(leaves)))
+    described = describe({name: np.asarray(leaf) for name, leaf in leaves.items()})
+    if damaged:
+        described["student.conv_in.kernel"]["sha256"] = 64 * "1"
+    body = {
+        "step": 5,
+        "config": CONFIG,
+        "config_sha256": json_digest(CONFIG),
+        "fingerprint": "abc",
+        "extra": {"n": 1},
+    }
+    body |= {"leaves": described, "files": file_sizes(tmp_path / "5"), "versions": {}}
+    sealed = {"format": 1, "sha256": json_digest(body), "body": body}
+    (tmp_path / "5" / "manifest.json").write_text(json.dumps(sealed))
+    with opened(tmp_path) as checkpoints:
+        if damaged:
+            with pytest.raises(CheckpointError, match="student.conv_in.kernel does not match its SHA-256"):
+                checkpoints.restore(abstract(state_at(0)))
+            return
+        found, got, extra = checkpoints.restore(abstract(state_at(0)))
+        assert (found, extra) == (5, {"n": 1})
+        assert_same_bits(got, state_at(5))
+        checkpoints.save(6, state_at(6))
+    assert step_numbers(tmp_path) == [5, 6]
 
 
 # --- what does not fit

@@ -1,5 +1,8 @@
 """The grid of a run's progress: the same pictures, however many are drawn at a time."""
 
+import contextlib
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from tiny_pipeline import write_world
 
 from sbv2_jax.distill.random_numbers import initial_noise
-from sbv2_jax.run import painter, progress
+from sbv2_jax.run import loop, painter, progress
 from sbv2_jax.run.arrays import load_frozen, load_state
 from sbv2_jax.run.compilation import lay_out
 from sbv2_jax.run.components import read_parts
@@ -97,6 +100,31 @@ def test_the_teacher_is_drawn_at_the_first_start_alone(tmp_path, monkeypatch):
     config.vsd.guidance = 2.0
     start()
     assert steps[4:] == [progress.TEACHER_STEPS, 1, 1] * 2
+
+
+def test_the_step_is_compiled_beside_the_first_pictures(tmp_path, monkeypatch):
+    """Its programs are with the compiler while the grid is drawn, and waited for after it."""
+    world, events = write_world(tmp_path), []
+    config = default_config()
+    config.update(teacher=str(world / "pipeline"), prompts=str(world / "prompts.txt"), batch_size=4, steps=2)
+    config.score.update(rank=2, targets=r".*\.attn[12]\.to_(q|v)")
+    config.sample.prompts = PROMPTS
+    begin_step = loop.begin_step
+
+    def begin(*arguments):
+        events.append("begin")
+        step, programs = begin_step(*arguments)
+        wait = programs.compiled
+        monkeypatch.setattr(programs, "compiled", lambda: events.append("wait") or wait())
+        return step, programs
+
+    drawn = SimpleNamespace(draw=lambda state, path: events.append("draw"))
+    monkeypatch.setattr(loop, "begin_step", begin)
+    monkeypatch.setattr(loop, "ProgressGrid", lambda *_: events.append("grid") or drawn)
+    with contextlib.ExitStack() as held:
+        ready = loop.make_ready(config, tmp_path / "run", False, held)
+    assert events == ["begin", "grid", "draw", "wait"]
+    assert ready.step is not None
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "text", "other"])
