@@ -67,7 +67,7 @@ setup(
         "ml_collections>=1.0",
         "numpy>=1.26",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.11.20",
+        "orbax-checkpoint>=0.11.32",
         "pillow>=10.0",
         "safetensors>=0.5",
         "tensorboardX>=2.6",

@@ -11,9 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from sbv2_jax.checkpoint.files import file_sizes, step_numbers, write_durably
 from sbv2_jax.errors import InputError, listed
@@ -28,7 +26,10 @@ class CheckpointError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What one step holds: `leaves` maps a name to `shape`, `dtype` and `sha256` of the C-order bytes."""
+    """What one step holds: `leaves` maps a name to `shape`, `dtype` and `sha256` of the C-order bytes.
+
+    Where several devices wrote an array it has `parts` besides, and a digest for each of them (`checkpoint.parts`).
+    """
 
     step: int
     config: dict[str, Any]
@@ -100,36 +101,19 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def host_copy(leaf: Any) -> np.ndarray:
-    """Returns the whole array on the host, in its own memory: the device buffer may be donated right after.
-
-    An array that spans processes is gathered to all of them, so that a digest never depends on the sharding;
-    every process must then call this for the same leaves in the same order.
-    """
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    if not isinstance(leaf, jax.Array):
-        return np.array(leaf)
-    host = np.empty(leaf.shape, leaf.dtype)
-    for shard in leaf.addressable_shards:
-        if shard.replica_id == 0:
-            # On a CPU np.asarray is a view of the device buffer; the assignment is the copy.
-            host[shard.index] = np.asarray(shard.data)
-    return host
-
-
 def describe(hosts: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Returns shape, dtype and SHA-256 of every array; hashing runs on several threads."""
     # hashlib lets go of the interpreter lock, so threads do scale.
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-        digests = list(pool.map(_digest, hosts.values()))
+        digests = list(pool.map(digest, hosts.values()))
     return {
         name: {"shape": list(host.shape), "dtype": str(host.dtype), "sha256": digest}
         for (name, host), digest in zip(hosts.items(), digests, strict=True)
     }
 
 
-def _digest(host: np.ndarray) -> str:
+def digest(host: np.ndarray) -> str:
+    """Returns the SHA-256 of an array's bytes in C order."""
     if host.dtype.hasobject:  # what Orbax gives back for a leaf that its own metadata, damaged, do not list
         return "no array"
     return hashlib.sha256(np.ascontiguousarray(host).reshape(-1).view(np.uint8)).hexdigest()

@@ -1,6 +1,7 @@
 """Reading checkpoints: the newest step that verifies, placed on devices or as numpy arrays."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,15 +15,16 @@ from sbv2_jax.checkpoint.files import step_numbers
 from sbv2_jax.checkpoint.manifest import (
     CheckpointError,
     Manifest,
-    changed_leaves,
-    describe,
-    host_copy,
     read_manifest,
 )
+from sbv2_jax.checkpoint.parts import check, same
 from sbv2_jax.errors import InputError, listed
 
 Flat = dict[str, Any]
 Result = TypeVar("Result")
+
+# Bytes of whole arrays, where a process needs whole ones.
+_AT_A_TIME = 2**29
 
 
 def load(
@@ -85,28 +87,63 @@ def read_verified(directory: Path, manifest: Manifest, targets: Flat) -> Flat:
       manifest: its manifest.
       targets: for each leaf to read, `np.ndarray` or a ShapeDtypeStruct with the sharding to restore onto.
 
-    Raises CheckpointError that names each leaf which differs. Every process of a run calls this together.
+    Each process compares what it restores for itself, and no array is gathered. Raises CheckpointError that names each
+    leaf which differs. Every process of a run calls this together.
     """
+    leaves, reason = {}, ""
+    try:
+        leaves = _read(directory, manifest, targets)
+    except Exception as error:  # noqa: BLE001 (damaged files raise whatever their decoder raises)
+        reason = f"unreadable: {_first_line(error)}"
+    _raise_together(reason)
+    wrong, unknown = check(manifest.leaves, leaves)
+    try:
+        wrong += _unlike_whole(directory, manifest, {name: leaves[name] for name in unknown})
+    except Exception as error:  # noqa: BLE001 (as above)
+        reason = f"unreadable: {_first_line(error)}"
+    _raise_together(reason or listed([f"{name} does not match its SHA-256" for name in wrong]))
+    return leaves
+
+
+def _read(directory: Path, manifest: Manifest, targets: Flat) -> Flat:
     item = {name: _abstract(manifest, name, target) for name, target in targets.items()}
     restore_args = {name: _restore_args(item[name], target) for name, target in targets.items()}
-    reason = ""
     # Not within a Checkpointer: its restore ends in a barrier, where a process that could read its own shards would
     # wait for one that could not.
     handler = ocp.PyTreeCheckpointHandler()
     try:
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        leaves = handler.restore((directory / "state").absolute(), args=args)
-    except Exception as error:  # noqa: BLE001 (damaged files raise whatever their decoder raises)
-        reason = f"unreadable: {_first_line(error)}"
+        return handler.restore((directory / "state").absolute(), args=args)
     finally:
         handler.close()
-    _raise_together(reason)
-    # A few leaves at a time: the host never holds a second copy of the whole state.
-    names, found = list(targets), {}
-    for start in range(0, len(names), 16):
-        found |= describe({name: host_copy(leaves[name]) for name in names[start : start + 16]})
-    _raise_together(listed(changed_leaves(manifest.leaves, found)))
-    return leaves
+
+
+def _unlike_whole(directory: Path, manifest: Manifest, leaves: Flat) -> list[str]:
+    """Returns the names of the leaves that do not have the values of the whole arrays, which are read and verified.
+
+    For a leaf that was saved in other parts than it is restored in: no process has all that one digest is of.
+    """
+    wrong = []
+    for names in _groups(manifest, leaves):
+        whole = _read(directory, manifest, dict.fromkeys(names, np.ndarray))
+        damaged, _ = check(manifest.leaves, whole)
+        wrong += [name for name in names if name in damaged or not same(whole[name], leaves[name])]
+    return wrong
+
+
+def _groups(manifest: Manifest, names: Iterable[str]) -> Iterator[list[str]]:
+    """Yields names of leaves that are read at a time: each reading has its cost, and all must be in memory."""
+    group, filled = [], 0
+    for name in names:
+        stored = manifest.leaves[name]
+        size = math.prod(stored["shape"]) * jax.numpy.dtype(stored["dtype"]).itemsize
+        if group and filled + size > _AT_A_TIME:
+            yield group
+            group, filled = [], 0
+        group.append(name)
+        filled += size
+    if group:
+        yield group
 
 
 def _abstract(manifest: Manifest, name: str, target: Any) -> jax.ShapeDtypeStruct:

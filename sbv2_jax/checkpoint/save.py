@@ -1,6 +1,9 @@
 """Writing checkpoints in the background, and the directory of one run that owns them."""
 
 import contextlib
+import itertools
+import json
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -8,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -23,6 +25,7 @@ from sbv2_jax.checkpoint.files import (
     open_directory,
     publish,
     step_numbers,
+    write_durably,
 )
 from sbv2_jax.checkpoint.manifest import (
     CheckpointError,
@@ -31,21 +34,29 @@ from sbv2_jax.checkpoint.manifest import (
     best_step,
     changed_fields,
     changed_sources,
-    describe,
     flatten,
-    host_copy,
     json_digest,
     read_manifest,
     unlike_leaves,
     write_manifest,
 )
+from sbv2_jax.checkpoint.parts import Described, describe_own, joined
 from sbv2_jax.checkpoint.restore import first_good, read_verified
+from sbv2_jax.checkpoint.snapshot import snapshot
 from sbv2_jax.devices import processes
-from sbv2_jax.errors import InputError
+from sbv2_jax.errors import InputError, listed
 
 # Orbax gives up on a write after ten minutes; a large state on a shared file system may need longer.
 _WRITE_SECONDS = 3600
+# So much of a state is encoded at a time, in gigabytes; unlimited, Orbax holds all of it encoded as well.
+_WRITE_AT_A_TIME = 1
+# The number of a save in this process, the same in all: its processes meet once under each.
+_SAVES = itertools.count()
 _VERSIONS = ("sbv2_jax", "jax", "orbax-checkpoint")
+
+
+class NotFinite(CheckpointError):
+    """Raised where a state holds NaN or infinities: none is kept."""
 
 
 class Checkpoints:
@@ -101,8 +112,7 @@ class Checkpoints:
         self._asynchronous = asynchronous
         self._primary = jax.process_index() == 0
         self._lock = open_directory(self._directory) if self._primary else None
-        handler = ocp.CompositeCheckpointHandler()
-        self._checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=_WRITE_SECONDS)
+        self._checkpointer = _checkpointer()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
@@ -110,15 +120,15 @@ class Checkpoints:
     def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
         """Saves a pytree of arrays as `step`; the arrays may be donated as soon as this returns.
 
-        `extra` is JSON and comes back from `restore`. Waits for the save before. Raises CheckpointError for
-        NaN or Inf, for a step that is not newer than the stored ones, and for an error of the save before.
+        `extra` is JSON and comes back from `restore`. Waits for the save before. Raises CheckpointError for a step
+        that is not newer than the stored ones, and for what `wait` raises of the save before.
         """
         self.wait()
-        newer = [found for found in self._finished() if found >= step]
-        if newer:
+        if newer := self._finished(step):
             raise CheckpointError(f"step {step} is not saved: {self._directory} already has step {newer[-1]}")
         leaves = _named(state)
-        _refuse_non_finite(step, leaves)
+        if empty := [name for name, leaf in leaves.items() if leaf.size == 0]:
+            raise CheckpointError(f"step {step} is not saved: {listed(empty, ', ')} have zero size")
         manifest = Manifest(
             step=step,
             config=self._config,
@@ -131,41 +141,53 @@ class Checkpoints:
             sources=self._sources,
         )
         json_digest(manifest.extra)  # what JSON cannot hold fails here, not in the background
-        for leaf in leaves.values():
-            if isinstance(leaf, jax.Array):
-                leaf.copy_to_host_async()
-        hosts = {}
-        for name, leaf in leaves.items():
-            copy = host_copy(leaf)  # by all processes together
-            if self._primary:
-                hosts[name] = copy
-        try:
-            self._checkpointer.save(
-                self._directory / PARTIAL / str(step),
-                args=ocp.args.Composite(state=ocp.args.StandardSave(leaves)),
-                force=True,
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"step {step} is not saved: {error}") from error
-        self._writer = threading.Thread(target=self._finish, args=(manifest, hosts), name="checkpoint")
+        self._writer = threading.Thread(
+            target=self._write, args=(manifest, snapshot(leaves), next(_SAVES)), name="checkpoint"
+        )
         self._writer.start()
         if not self._asynchronous:
             self.wait()
 
-    def _finish(self, manifest: Manifest, hosts: dict[str, np.ndarray]) -> None:
+    def _write(self, manifest: Manifest, leaves: dict[str, Any], number: int) -> None:
+        """Writes a snapshot, and publishes it unless a number in it is not finite; runs beside the steps."""
         try:
-            described = describe(hosts)
-            hosts.clear()
-            self._checkpointer.wait_until_finished()
+            partial = self._directory / PARTIAL / str(manifest.step)
+            notes = partial.with_name(f"described-{manifest.step}")
+            try:
+                self._checkpointer.save(
+                    partial, args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)), force=True
+                )
+                own = describe_own(leaves, primary=self._primary)
+                leaves.clear()
+                if not self._primary:
+                    notes.mkdir(exist_ok=True)
+                    write_durably(notes / f"{jax.process_index()}.json", json.dumps(own))
+                self._checkpointer.wait_until_finished()
+            finally:
+                # Not by the devices, which are taking steps; and also by a process that has failed.
+                ocp.multihost.sync_global_processes(
+                    f"described-{number}", timeout=_WRITE_SECONDS, processes=set(range(jax.process_count()))
+                )
             if self._primary:
-                self._publish(manifest, described)
+                others = [
+                    Described(*json.loads((notes / f"{index}.json").read_text(encoding="utf-8")))
+                    for index in range(1, jax.process_count())
+                ]
+                shutil.rmtree(notes, ignore_errors=True)
+                self._publish(manifest, joined([own, *others]))
         except BaseException as error:  # noqa: BLE001 (raised again by the next save, wait or close)
             self._error = error
 
-    def _publish(self, manifest: Manifest, described: dict[str, dict[str, Any]]) -> None:
+    def _publish(self, manifest: Manifest, described: Described) -> None:
         partial = self._directory / PARTIAL / str(manifest.step)
+        if described.not_finite:
+            shutil.rmtree(partial, ignore_errors=True)
+            count = len(described.not_finite)
+            raise NotFinite(
+                f"step {manifest.step} is not saved: NaN or Inf in {count} leaves: {listed(described.not_finite, ', ')}"
+            )
         fsync_tree(partial)
-        contents = {"leaves": described, "files": file_sizes(partial)}
+        contents = {"leaves": described.leaves, "files": file_sizes(partial)}
         write_manifest(partial, Manifest(**{**vars(manifest), **contents}))
         publish(self._directory, manifest.step)
         self._damaged.discard(manifest.step)
@@ -175,10 +197,12 @@ class Checkpoints:
             if old not in kept:
                 discard(self._directory, old)
 
-    def _finished(self) -> list[int]:
-        """Returns the steps with a sound manifest that no restore of this process found damaged."""
+    def _finished(self, first: int = 0) -> list[int]:
+        """Returns the steps, from `first` on, with a sound manifest that no restore of this process found damaged."""
         finished = []
         for step in step_numbers(self._directory):
+            if step < first:
+                continue
             try:
                 read_manifest(self._directory / str(step), step)
             except CheckpointError:
@@ -238,8 +262,17 @@ class Checkpoints:
         if self._primary:
             _tell_versions(manifest.versions)
 
+    def check(self) -> None:
+        """Raises what `wait` raises if the last save has ended; of several processes the next save tells all."""
+        if jax.process_count() == 1 and self._writer is not None and not self._writer.is_alive():
+            self.wait()
+
     def wait(self) -> None:
-        """Waits until the last save is safe on the disk; raises its error, now and at every later call."""
+        """Waits until the last save is safe on the disk.
+
+        Raises CheckpointError for NaN or Inf in what was saved, of which nothing is kept, and for an error of the
+        writing: that one at every later call too.
+        """
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -248,8 +281,12 @@ class Checkpoints:
         self._raise_error()
 
     def _raise_error(self) -> None:
-        if self._error is not None:
-            raise CheckpointError(f"a checkpoint could not be written: {self._error}") from self._error
+        error = self._error
+        if isinstance(error, NotFinite):
+            self._error = None  # the next state may be sound
+            raise error
+        if error is not None:
+            raise CheckpointError(f"a checkpoint could not be written: {error}") from error
 
     def close(self) -> None:
         """Waits for the last save, then releases the lock; raises the save's error if it failed."""
@@ -278,6 +315,28 @@ class Checkpoints:
         self._release()
 
 
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    """Returns Orbax's writer, to be called beside the steps: its processes meet without their devices."""
+    options = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    # A part that several devices still repeat is written by one: the one that describes it.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
+    state = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=_WRITE_AT_A_TIME,
+        use_compression=False,  # it would save a twelfth of the bytes, for half of the cores' time
+        multiprocessing_options=options,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
+        ),
+    )
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(
+            state=state, composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+        ),
+        timeout_secs=_WRITE_SECONDS,
+        multiprocessing_options=options,
+    )
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in _VERSIONS:
@@ -302,20 +361,3 @@ def _named(state: Any) -> dict[str, Any]:
     if twice:
         raise ValueError(f"leaves with one name: {', '.join(twice)}")
     return dict(zip(names, jax.tree.leaves(state), strict=True))
-
-
-def _refuse_non_finite(step: int, leaves: dict[str, Any]) -> None:
-    floating = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    # One after the other: on a host of few cores, programs that wait for each other's devices never end.
-    finite = {name: bool(_all_finite(leaf)) for name, leaf in floating.items()}
-    bad = [name for name in floating if not finite[name]]
-    if bad:
-        raise CheckpointError(
-            f"step {step} is not saved: NaN or Inf in {len(bad)} leaves: {', '.join(bad[:20])}"
-            + (" ..." if len(bad) > 20 else "")
-        )
-
-
-@jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()

@@ -199,6 +199,11 @@ def require_same(name: str, value: str) -> None:
         raise InputError(f"{name} of process(es) {', '.join(others)} is not that of process 0")
 
 
+def told_by_the_first(answer: bool) -> bool:
+    """Returns process 0's answer, in every process."""
+    return answer if jax.process_count() == 1 else _shared(str(answer))[0] == str(True)
+
+
 def require_shared(directory: Path) -> None:
     """Raises InputError, in every process, unless all see this directory, which process 0 has made."""
     if jax.process_count() == 1:

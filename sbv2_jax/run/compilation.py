@@ -42,6 +42,15 @@ def compile_step(
 
     No array is needed: the mesh may be of a topology that is not here.
     """
+    step, programs = begin_step(config, run, layout, programs)
+    programs.compiled()
+    return step, programs
+
+
+def begin_step(
+    config: ConfigDict, run: Run, layout: Layout, programs: Separate | None = None
+) -> tuple[TrainStep, Separate]:
+    """Begins what `compile_step` does: the programs are compiled beside what follows, until `compiled()` of them."""
     programs = programs or Separate(WORKERS)
     make = functools.partial(
         make_train_step,
@@ -56,5 +65,4 @@ def compile_step(
     else:
         step = make(programs)
     step(*layout.abstract, abstract_batch(config.batch_size, run, layout.mesh))
-    programs.compiled()
     return step, programs

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from sbv2_jax.checkpoint.manifest import best_step
 from sbv2_jax.convert.formats.pipeline import diffusers_arguments, save_pipeline
@@ -18,6 +16,7 @@ from sbv2_jax.diffusion.schedule import FEW_STEPS
 from sbv2_jax.distill.state import TrainState
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.build import Run
+from sbv2_jax.run.streamed import serving, streamed
 from sbv2_jax.run.trained import CHECKPOINTS, kept_student, model_of, read_run, student_of
 from sbv2_jax.tree import Params
 
@@ -33,19 +32,19 @@ def export_student(run: Run, state: TrainState, directory: Path) -> None:
     ended at once would have the first ended too, after five minutes. Raises InputError, in every process, where it
     cannot be written.
     """
-    trained = _on_host(state.ema or state.student)
+    trained = state.ema or state.student
 
     def student() -> Model:
         return model_of(
             str(directory),
-            trained,
+            streamed(trained),
             run.parts,
             lora_scale=run.method.student.lora_scale,
             side=run.method.latent_shape[0],
             timesteps=run.method.student.timesteps,
         )
 
-    _write_by_one(student, directory)
+    _write_by_one(student, directory, trained)
 
 
 def export_best(workdir: Path, best: tuple[str, str], directory: Path) -> None:
@@ -62,22 +61,23 @@ def export_best(workdir: Path, best: tuple[str, str], directory: Path) -> None:
         print(f"export/ is of step {step}, the best by {best[0]}", flush=True)
         return student_of(workdir, step=step)[1]
 
-    _write_by_one(student, directory)
+    _write_by_one(student, directory, {})
 
 
-def _write_by_one(student: Callable[[], Model], directory: Path) -> None:
-    """Has process 0 write a model in the place of an older one, and the others wait."""
+def _write_by_one(student: Callable[[], Model], directory: Path, trained: Params) -> None:
+    """Has process 0 write a model in the place of an older one, and the others give their parts of what it streams."""
     everyone = set(range(jax.process_count()))
     with processes.together():
         try:
-            if jax.process_index() == 0:
-                scratch = directory.with_name(f".{directory.name}.new")
-                shutil.rmtree(scratch, ignore_errors=True)
-                model = student()
-                save_model(scratch, model)
-                shutil.rmtree(directory, ignore_errors=True)
-                scratch.rename(directory)
-                _tell(directory, model)
+            with serving(trained):
+                if jax.process_index() == 0:
+                    scratch = directory.with_name(f".{directory.name}.new")
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    model = student()
+                    save_model(scratch, model)
+                    shutil.rmtree(directory, ignore_errors=True)
+                    scratch.rename(directory)
+                    _tell(directory, model)
         finally:
             ocp.multihost.sync_global_processes("exported", timeout=_EXPORT_SECONDS, processes=everyone)
 
@@ -153,9 +153,3 @@ def export_lora(
     alpha = config.score.alpha if which == "score" else config.student.lora.alpha
     save_lora(out, trained, alpha, file_format=file_format)
     return found
-
-
-def _on_host(params: Params) -> dict[str, np.ndarray]:
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(params, tiled=True)
-    return jax.device_get(params)

@@ -28,7 +28,7 @@ from sbv2_jax.errors import InputError
 from sbv2_jax.run.arrays import load_frozen, load_state, read_start
 from sbv2_jax.run.batches import Tokenizers, next_batch, open_rows
 from sbv2_jax.run.build import Run, assemble
-from sbv2_jax.run.compilation import compile_step, lay_out
+from sbv2_jax.run.compilation import begin_step, lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import FORMER, may_change, validate
 from sbv2_jax.run.directory import CONFIG, EXPORT, sample_path
@@ -41,7 +41,7 @@ from sbv2_jax.run.memory_estimate import device_memory
 from sbv2_jax.run.page import write_page
 from sbv2_jax.run.painter import Painter
 from sbv2_jax.run.preemption import EXIT_PREEMPTED, Preemption, ends_at_once
-from sbv2_jax.run.probe import compile_probe
+from sbv2_jax.run.probe import begin_probe
 from sbv2_jax.run.progress import ProgressGrid
 from sbv2_jax.run.record import Record
 from sbv2_jax.run.scoring import Measured, Scoring, open_protocol
@@ -89,7 +89,7 @@ def train(
 class Ready:
     """All that the steps of a run need; `first` steps are done, and `step` is None where none is left.
 
-    `probe` is what `compile_probe` returns, where the run has a limit for it.
+    `probe` is what `begin_probe` returns, where the run has a limit for it.
     """
 
     run: Run
@@ -146,11 +146,14 @@ def make_ready(
             note_start(workdir, first)
     if jax.process_index() == 0 and first < config.steps:
         print("compiling: a minute or more the first time, less where it was compiled before", flush=True)
+    # else only the export is left to do
+    compiling = Compiling(config, run, layout) if first < config.steps else None
     grid = scoring = None
     if config.sample.every or protocol:
         painter = Painter(run, frozen, tokenizers["input_ids"], layout.mesh)
     if config.sample.every:
-        grid = ProgressGrid(run, frozen, tokenizers["input_ids"], tuple(config.sample.prompts), painter)
+        prompts, keep = tuple(config.sample.prompts), sample_path(workdir, 0).with_name(".teacher.npz")
+        grid = ProgressGrid(run, frozen, tokenizers["input_ids"], prompts, painter, keep, sources)
         if not restored:
             grid.draw(state, sample_path(workdir, 0))
     if protocol:
@@ -163,8 +166,7 @@ def make_ready(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    # else only the export is left to do
-    step, probe = compiled(config, run, layout) if first < config.steps else (None, None)
+    step, probe = compiling.finished() if compiling else (None, None)
     return Ready(
         run=run,
         mesh=layout.mesh,
@@ -177,9 +179,19 @@ def make_ready(
         scoring=scoring,
         batches=batches,
         fillings=fillings,
-        step=step,
+        step=step and _unless_a_save_failed(checkpoints, step),
         probe=probe,
     )
+
+
+def _unless_a_save_failed(checkpoints: Checkpoints, step: TrainStep) -> TrainStep:
+    """Returns a step that first raises the error of a save which has failed beside the steps before."""
+
+    def checked(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        checkpoints.check()
+        return step(state, frozen, batch)
+
+    return checked
 
 
 def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
@@ -274,15 +286,22 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     return Prepared(run, layout, source, tokenizers, fillings, start, files, sources | own, protocol)
 
 
-def compiled(config: ConfigDict, run: Run, layout: Layout) -> tuple[TrainStep, Callable | None]:
-    """Compiles the step, and the probe where there is a limit for it, and says how long that took."""
-    begin = time.monotonic()
-    step, programs = compile_step(config, run, layout)
-    probe = compile_probe(config, run, layout, programs) if config.limits.latents_std else None
-    if jax.process_index() == 0:
-        count = len(programs.compiled())
-        print(f"compiled the step, {count} program(s), in {time.monotonic() - begin:.1f} s", flush=True)
-    return step, probe
+class Compiling:
+    """The step of a run, and the probe where there is a limit for it, while they are compiled beside other things."""
+
+    def __init__(self, config: ConfigDict, run: Run, layout: Layout):
+        self._begin = time.monotonic()
+        self._step, self._programs = begin_step(config, run, layout)
+        limited = config.limits.latents_std
+        self._probe = begin_probe(config, run, layout, self._programs) if limited else None
+
+    def finished(self) -> tuple[TrainStep, Callable | None]:
+        """Waits for both, and says how long they took."""
+        count = len(self._programs.compiled())
+        if jax.process_index() == 0:
+            seconds = time.monotonic() - self._begin
+            print(f"compiled the step, {count} program(s), in {seconds:.1f} s", flush=True)
+        return self._step, self._probe
 
 
 def write_config(path: Path, config: ConfigDict) -> None:

@@ -16,10 +16,12 @@ from sbv2_jax.run.batches import abstract_batch
 from sbv2_jax.run.build import Run
 
 
-def compile_probe(
+def begin_probe(
     config: ConfigDict, run: Run, layout: Layout, programs: Separate
 ) -> Callable[[TrainState, Frozen, Batch], jax.Array]:
-    """Compiles the deviation of the samples of a state's student: from the next step's z, and the prompts of a batch.
+    """Begins to compile, as `begin_step`, the deviation of the samples of a state's student.
+
+    They are of the next step's z, and of the prompts of a batch.
 
     A step's own `latents/std` is of the student before its update: by the time that it is too large, the student
     that made it may be saved.
@@ -35,5 +37,4 @@ def compile_probe(
 
     compiled = functools.partial(programs.run, "probe", probe, out=layout.placement.whole)
     compiled(*layout.abstract, abstract_batch(config.batch_size, run, layout.mesh))
-    programs.compiled()
     return compiled

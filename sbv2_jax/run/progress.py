@@ -1,9 +1,11 @@
 """The picture of a run's progress: the same prompts and noise for the teacher and, step by step, the student."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sbv2_jax.devices import processes
@@ -13,8 +15,10 @@ from sbv2_jax.generate.pictures import grid, save_png
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
 from sbv2_jax.run.build import Run
 from sbv2_jax.run.generators import teacher_generator
+from sbv2_jax.run.kept_pictures import kept
 from sbv2_jax.run.painter import Painter
 from sbv2_jax.run.predictions import predicted, times
+from sbv2_jax.run.sources import Source
 
 TEACHER_STEPS = 25
 
@@ -33,7 +37,10 @@ class ProgressGrid:
         tokenizer: Tokenizer | TokenizerPair,
         prompts: tuple[str, ...],
         painter: Painter,
+        keep: Path | None = None,
+        sources: Mapping[str, Source] | None = None,
     ):
+        """Draws the teacher's pictures, or reads them from the file `keep`, where those of the same `sources` are."""
         self._run, self._frozen, self._prompts, self._painter = run, frozen, prompts, painter
         count = len(prompts)
         self._ids = tokenizer.encode(prompts)
@@ -44,19 +51,29 @@ class ProgressGrid:
         if steps > 1:
             self._noise["again"] = painter.further_noise(run.seed, range(count), steps - 1)
         self._student = f"student, {steps} step{'s' if steps > 1 else ''}"
-        teacher, weights = teacher_generator(run), painter.teacher()
-        self._columns = {
-            f"teacher, {TEACHER_STEPS} steps": painter.draw(
-                *(teacher, weights, prompts, run.seed, range(count)),
-                steps=TEACHER_STEPS,
-                guidance=run.guidance,
-            ),
-            "teacher, 1 step": painter.draw(teacher, weights, prompts, run.seed, range(count), steps=1),
+        of = {
+            "sources": sources,
+            "prompts": prompts,
+            "seed": run.seed,
+            "guidance": run.guidance,
+            "latents": run.method.latent_shape,
+            "dtype": str(jnp.dtype(run.compute_dtype)),
         }
+        self._columns = kept(keep, of, self._teacher) if keep else self._teacher()
         self._times = times(run)
         self._predicted = jax.jit(
             functools.partial(predicted, run, at=self._times), out_shardings=painter.whole
         )
+
+    def _teacher(self) -> dict[str, np.ndarray]:
+        run, painter, prompts = self._run, self._painter, self._prompts
+        drawn = (teacher_generator(run), painter.teacher(), prompts, run.seed, range(len(prompts)))
+        return {
+            f"teacher, {TEACHER_STEPS} steps": painter.draw(
+                *drawn, steps=TEACHER_STEPS, guidance=run.guidance
+            ),
+            "teacher, 1 step": painter.draw(*drawn, steps=1),
+        }
 
     def draw(self, state: TrainState, path: Path) -> None:
         """Writes the grid of this state; the averaged student where the run keeps an average."""

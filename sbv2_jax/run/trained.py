@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -162,10 +163,14 @@ def student_model(
     """
     weights = dict(trained)
     if any(lora.is_lora(leaf) for leaf in trained):
-        start = load_component(init, dtype=jnp.float32).params
-        require_fit(Lora(trained, dict.fromkeys(modules_of(trained), lora_scale)), start, str(init))
-        merged = lora.merge(start, weights, lora_scale)
-        weights = {leaf: np.asarray(array) for leaf, array in merged.items()}
+        factors = {leaf: np.asarray(array) for leaf, array in trained.items()}
+        weights = load_component(init, dtype=jnp.float32).params
+        require_fit(Lora(factors, dict.fromkeys(modules_of(factors), lora_scale)), weights, str(init))
+        for module in modules_of(factors):
+            # In its place: no more than one is held twice.
+            own = {leaf: array for leaf, array in factors.items() if leaf.startswith(f"{module}.lora.")}
+            kernel = {f"{module}.kernel": weights[f"{module}.kernel"]}
+            weights |= jax.tree.map(np.asarray, lora.merge(kernel, own, lora_scale))
     fields = {
         field.name: getattr(schedule, field.name)
         for field in dataclasses.fields(schedule)

@@ -1,8 +1,10 @@
 """Checkpoints that are healthy, damaged, or of another run: verified values or a clear error."""
 
 import gc
+import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -15,8 +17,10 @@ from made_checkpoints import CONFIG, State, abstract, assert_same_bits, contents
 from orbax.checkpoint._src.multihost import multihost
 
 from sbv2_jax.checkpoint import CheckpointError, load
-from sbv2_jax.checkpoint.manifest import changed_leaves, describe
+from sbv2_jax.checkpoint.files import file_sizes, step_numbers
+from sbv2_jax.checkpoint.manifest import changed_leaves, describe, json_digest
 from sbv2_jax.errors import InputError
+from sbv2_jax.tree import leaf_names
 
 # A read that Orbax gives up on leaves coroutines behind; they are of no interest here.
 pytestmark = [
@@ -234,6 +238,37 @@ def test_another_format_is_an_error_not_damage(stored):
         checkpoints.restore(abstract(state_at(0)))
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_step_of_before_is_verified_as_it_was(tmp_path, damaged):
+    """Compressed, by Orbax's own handler, with one digest an array and nothing of parts or sources."""
+    leaves = dict(zip(leaf_names(state_at(5)), jax.tree.leaves(state_at(5)), strict=True))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(tmp_path / "5", args=ocp.args.Composite(state=ocp.args.StandardSave(leaves)))
+    described = describe({name: np.asarray(leaf) for name, leaf in leaves.items()})
+    if damaged:
+        described["student.conv_in.kernel"]["sha256"] = 64 * "1"
+    body = {
+        "step": 5,
+        "config": CONFIG,
+        "config_sha256": json_digest(CONFIG),
+        "fingerprint": "abc",
+        "extra": {"n": 1},
+    }
+    body |= {"leaves": described, "files": file_sizes(tmp_path / "5"), "versions": {}}
+    sealed = {"format": 1, "sha256": json_digest(body), "body": body}
+    (tmp_path / "5" / "manifest.json").write_text(json.dumps(sealed))
+    with opened(tmp_path) as checkpoints:
+        if damaged:
+            with pytest.raises(CheckpointError, match="student.conv_in.kernel does not match its SHA-256"):
+                checkpoints.restore(abstract(state_at(0)))
+            return
+        found, got, extra = checkpoints.restore(abstract(state_at(0)))
+        assert (found, extra) == (5, {"n": 1})
+        assert_same_bits(got, state_at(5))
+        checkpoints.save(6, state_at(6))
+    assert step_numbers(tmp_path) == [5, 6]
+
+
 # --- what does not fit
 
 
@@ -282,18 +317,42 @@ def test_another_configuration_is_refused_field_by_field_unless_forced(stored):
         assert checkpoints.restore(abstract(state_at(0)))[0] == 2
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nan_and_inf_are_refused_and_leave_the_directory_as_it_was(stored, value):
+def test_nan_and_inf_are_refused_and_leave_the_directory_as_it_was(stored, value, asynchronous):
     state = state_at(3)
     state.student["down_blocks.0.attn1.to_q.bias"] = (
         state.student["down_blocks.0.attn1.to_q.bias"].at[7].set(value)
     )
     before = contents(stored)
-    with opened(stored) as checkpoints:
-        with pytest.raises(CheckpointError, match=r"NaN or Inf in 1 leaves: student\..*to_q.bias"):
+    with opened(stored, asynchronous=asynchronous) as checkpoints:
+        with pytest.raises(
+            CheckpointError, match=r"^step 3 is not saved: NaN or Inf in 1 leaves: student\..*q.bias"
+        ):
             checkpoints.save(3, state)
+            checkpoints.wait()
+        assert step_numbers(stored) == [1, 2] and not any((stored / ".partial").iterdir())
         checkpoints.save(4, state_at(4))
+    assert step_numbers(stored) == [1, 2, 4]
     assert {name: data for name, data in contents(stored).items() if name in before} == before
+
+
+@pytest.mark.parametrize("way", ["save", "check", "close"])
+def test_nan_and_inf_are_told_by_whatever_is_asked_next(stored, way):
+    """The save itself returns before they are looked for; none of the ways out forgets them."""
+    state = state_at(3)
+    state.student["conv_in.kernel"] = state.student["conv_in.kernel"].at[2, 1, 3, 5].set(np.nan)
+    checkpoints = opened(stored)
+    checkpoints.save(3, state)
+    with checkpoints, pytest.raises(CheckpointError, match="step 3 is not saved: NaN or Inf"):  # noqa: PT012
+        if way == "save":
+            checkpoints.save(4, state_at(4))
+        elif way == "check":
+            while True:
+                checkpoints.check()
+                time.sleep(0.01)
+        checkpoints.close()
+    assert step_numbers(stored) == [1, 2]
 
 
 def test_extra_that_json_cannot_hold_fails_at_once(tmp_path):

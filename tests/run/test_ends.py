@@ -15,6 +15,8 @@ from train_processes import ended, free_port, launch
 
 from sbv2_jax.checkpoint.files import step_numbers
 from sbv2_jax.errors import InputError
+from sbv2_jax.run import loop
+from sbv2_jax.run.config import default_config
 from sbv2_jax.run.guard import MOST_SKIPPED, Guard
 from sbv2_jax.run.preemption import EXIT_PREEMPTED
 from sbv2_jax.run.watchdog import EXIT_HUNG
@@ -233,6 +235,29 @@ def test_a_last_step_that_is_beyond_the_limit_is_neither_saved_nor_exported(worl
     assert code == 2 and " after step 1 is above" in error.splitlines()[-1]
     assert metrics(tmp_path)[0]["latents/std"] <= 25 and not step_numbers(tmp_path / "checkpoints")
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_state_that_is_not_finite_is_neither_kept_nor_exported(world, tmp_path, monkeypatch, every):
+    """An infinity in the average alone, of which no loss tells: it is found beside the steps, or after the last."""
+    made = loop.load_state
+
+    def with_infinity(*arguments):
+        state = made(*arguments)
+        name = sorted(state.ema)[3]
+        state.ema[name] = state.ema[name].at[0].set(float("inf"))
+        return state
+
+    monkeypatch.setattr(loop, "load_state", with_infinity)
+    config = default_config()
+    config.update(teacher=f"{world}/pipeline", prompts=f"{world}/prompts.txt", batch_size=2, steps=4, ema=0.9)
+    config.update_from_flattened_dict({"sample.every": 0, "checkpoint.every": every, "score.rank": 2})
+    with pytest.raises(
+        InputError, match=f"^step {min(every, 4)} is not saved: NaN or Inf in 1 leaves: ema\\."
+    ):
+        loop.train(config, tmp_path)
+    assert not step_numbers(tmp_path / "checkpoints") and not (tmp_path / "export").exists()
+    assert len(metrics(tmp_path)) <= 4
 
 
 def test_the_guard_counts_steps_in_a_row_and_takes_any_deviation_without_a_limit():

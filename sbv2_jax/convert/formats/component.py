@@ -175,13 +175,20 @@ def write_component(
     """Writes the files of `save_component`, or with `orbax` an Orbax checkpoint, into a directory that exists.
 
     The config.json of a transformers network says the `dtype` of its weights, since transformers loads them in
-    what it says; `declared` is said in place of it. Raises InputError as `save_component`
-    does, and for values that are NaN or infinite; not atomic.
+    what it says; `declared` is said in place of it. Of `params` one is asked for at a time, once, and let go: they may
+    be anything with a shape and a dtype that NumPy makes an array of. Raises InputError as `save_component` does, and
+    for values that are NaN or infinite; not atomic.
     """
     require_same(params, network(config).shapes, "the parameters given", class_of(config))
-    wrong = [torch_name(name) for name, leaf in params.items() if not is_finite(np.asarray(leaf))]
-    refuse_not_finite(wrong, f"the {class_of(config)} to be written")
     dtype = None if dtype is None else _format_name(dtype)
+    wrong: list[str] = []
+
+    def tensor(name: str) -> np.ndarray:
+        array = np.asarray(params[name])
+        if not is_finite(array):
+            wrong.append(torch_name(name))
+        return array
+
     values = config.to_dict()
     if not config.CLASS_NAME:
         values["architectures"] = [class_of(config)]
@@ -191,9 +198,10 @@ def write_component(
     write_json(directory / "config.json", values)
     if orbax:
         arrays = {
-            name: _cast(name, np.asarray(leaf), dtype or _format_name(leaf.dtype))
+            name: _cast(name, tensor(name), dtype or _format_name(leaf.dtype))
             for name, leaf in params.items()
         }
+        refuse_not_finite(wrong, f"the {class_of(config)} to be written")
         orbax_files.write_params(directory, arrays)
         return
     infos = {
@@ -202,10 +210,11 @@ def write_component(
     }
     ours = {torch_name(name): name for name in params}
 
-    def tensor(name: str) -> np.ndarray:
-        return _cast(ours[name], to_torch(ours[name], np.asarray(params[ours[name]])), dtype)
+    def written(name: str) -> np.ndarray:
+        return _cast(ours[name], to_torch(ours[name], tensor(ours[name])), dtype)
 
-    write_weights(directory, config.STEM, infos, tensor, max_shard_bytes=max_shard_bytes)
+    write_weights(directory, config.STEM, infos, written, max_shard_bytes=max_shard_bytes)
+    refuse_not_finite(wrong, f"the {class_of(config)} to be written")
 
 
 def _format_name(dtype: Any) -> str:

@@ -136,6 +136,7 @@ def _advance(
             if last or number % settings.checkpoint_every == 0:
                 checkpoints.save(number, state)
             if preempted:
+                checkpoints.wait()  # or its error
                 raise Preempted(number, stage.name)
             if last or number % settings.checkpoint_every == 0:
                 stage.preview(state.ema)
