@@ -15,6 +15,7 @@ import torch
 from absl import flags
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from side_by_side import in_turns, report
 from transformers import CLIPTextModel
 
@@ -90,7 +91,7 @@ class Eager:
 
     def _adapted(self, on: bool) -> None:
         for module in self.score.modules():
-            if hasattr(module, "enable_adapters"):
+            if isinstance(module, BaseTunerLayer):
                 module.enable_adapters(on)
 
     def __call__(self) -> None:
