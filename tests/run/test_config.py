@@ -17,7 +17,7 @@ from sbv2_jax.run.config import FIELDS, FORMER, check_mesh, default_config, may_
 
 ROOT = Path(__file__).parents[2]
 # All but the one of launch/pretrain.py.
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "openmoji_teacher")
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("[!_]*.py") if path.stem != "openmoji_teacher")
 
 
 def with_field(name: str, value) -> ConfigDict:
