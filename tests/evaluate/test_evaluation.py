@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from scipy import linalg
 from their_judges import cleanfid, random_inception
-from tiny_pipeline import write_pipeline, write_world
+from tiny_pipeline import SMALL_UNET, write_pipeline, write_world
 
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.convert.formats.pipeline import save_pipeline
@@ -202,7 +202,7 @@ def test_a_picture_depends_on_its_prompt_row_and_seed_alone(coco):
 def test_merges_begin_and_end_with_their_models(coco, tmp_path):
     """Two UNets in one pipeline, for what is around the first one is around all merges."""
     ours, other = coco / "pipeline", tmp_path / "other"
-    unet = load_component(write_pipeline(tmp_path / "made", seed=4) / "unet")
+    unet = load_component(write_pipeline(tmp_path / "made", seed=4, blocks=SMALL_UNET) / "unet")
     save_pipeline(other, base=ours, unet=unet)
     spec = {"steps": (1,), "guidance": (1.0,), "sampler": "dpm"}
     pair = evaluation._pair(f"{ours},{other}")
