@@ -10,6 +10,7 @@ import pytest
 from tiny_pipeline import write_world
 
 from sbv2_jax.distill.random_numbers import initial_noise
+from sbv2_jax.errors import InputError
 from sbv2_jax.run import loop, painter, progress
 from sbv2_jax.run.arrays import load_frozen, load_state
 from sbv2_jax.run.compilation import lay_out
@@ -125,6 +126,12 @@ def test_the_step_is_compiled_beside_the_first_pictures(tmp_path, monkeypatch):
         ready = loop.make_ready(config, tmp_path / "run", False, held)
     assert events == ["begin", "grid", "draw", "wait"]
     assert ready.step is not None
+
+
+def test_pictures_that_cannot_be_kept_are_one_line(tmp_path):
+    (tmp_path / "samples").touch()
+    with pytest.raises(InputError, match=f"^cannot write {tmp_path}/samples/.kept.npz: "):
+        kept(tmp_path / "samples" / ".kept.npz", {"seed": 1}, lambda: {"a": np.zeros((1, 8, 8, 3), np.uint8)})
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "text", "other"])

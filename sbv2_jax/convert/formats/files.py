@@ -181,4 +181,5 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where a folder of it is a file, there is nothing
+            partial.unlink()
