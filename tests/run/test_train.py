@@ -73,9 +73,10 @@ def test_a_run_leaves_the_files_that_it_promises(straight):
         assert line["lr/student"] > 0 and line["lr/score"] > 0 and "clip/weight" not in line
         assert 0 < line["seconds_per_step"] <= 4 / line["images_per_sec"] and line["memory/host_gib"] > 0.1
         assert line["grad_norm/student"] > 0 and line["grad_norm/score"] > 0 and line["skipped"] == 0
-    assert sorted(path.name for path in (workdir / "samples").iterdir()) == [
-        f"step_{step:06d}.png" for step in (0, 3, 6)
-    ]
+    pictures = [f"step_{step:06d}.png" for step in (0, 3, 6)]
+    assert sorted(path.name for path in (workdir / "samples").iterdir()) == [".teacher.npz", *pictures]
+    assert "6 of 6 steps. Its export is written." in (workdir / "report.html").read_text()
+    assert json.loads((workdir / "starts.jsonl").read_text())["step"] == 0
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 4
     assert list((workdir / "tensorboard").iterdir())
     assert f"--model={workdir / 'export'}" in out
@@ -197,7 +198,7 @@ REFUSALS: dict[str, tuple[dict[str, object], str]] = {
     "fewer prompts than a batch": ({"prompts": "{}/few.txt"}, "fewer prompts than the batch"),
     "no such clip": ({"clip.model": "{}/noclip", "clip.weight": 0.1}, "noclip does not exist"),
     "no such layer": ({"score.targets": "to_nothing"}, "match no dense layer"),
-    "odd resolution": ({"resolution": 36}, "config.resolution"),
+    "odd resolution": ({"resolution": 34}, "config.resolution = 34 is not a multiple"),
 }
 
 
