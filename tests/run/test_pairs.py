@@ -15,7 +15,7 @@ from conftest import relative_error
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from documented import block
 from parity import nchw
-from tiny_pipeline import write_pipeline, write_world
+from tiny_pipeline import SMALL_UNET, write_pipeline, write_world
 from train_command import ROOT, command, fields, lines_of, metrics, run, start
 from train_processes import ended, free_port, launch
 
@@ -330,7 +330,7 @@ def test_a_term_of_ones_own_fills_rows_beside_the_pairs(world, pairs, tmp_path):
 
 
 def test_pairs_of_another_teacher_are_refused(world, pairs, tmp_path):
-    write_pipeline(tmp_path, prediction_type="v_prediction")
+    write_pipeline(tmp_path, prediction_type="v_prediction", blocks=SMALL_UNET)
     config = configuration(world, "regression", **ALONE | {"pairs.path": str(pairs)})
     config.teacher = str(tmp_path / "pipeline")
     with pytest.raises(InputError, match="made with another teacher_schedule than this run's") as raised:
