@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel as TorchUNet
 from diffusers.models.attention_processor import AttnProcessor
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny_pipeline import write_pipeline
+from tiny_pipeline import SMALL_UNET, write_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbv2_jax.devices.sharding import bytes_per_device, make_mesh
@@ -289,7 +289,7 @@ def test_each_replica_is_a_slice_of_its_own():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("world")
-    write_pipeline(directory)
+    write_pipeline(directory, blocks=SMALL_UNET)
     return directory
 
 
