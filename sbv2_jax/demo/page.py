@@ -35,23 +35,24 @@ def build(studio: Studio, *, prompt: str, teacher_steps: int, guidance: float) -
     return page
 
 
-def serve(page: gr.Blocks, *, host: str, port: int | None, wait: bool = True) -> str:
-    """Serves a page and returns its address; with `wait`, until it is interrupted."""
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        theme=_THEME,
-        css=_STYLE,
-        ssr_mode=False,
-        enable_monitoring=False,
-    )
-    if wait:
-        print(f"{address} (Ctrl-C ends it)", flush=True)
-        page.block_thread()
-    return address
+def serve(page: gr.Blocks, *, host: str, port: int | None) -> None:
+    """Serves a page until it is interrupted; raises InputError for a host or port that cannot be listened on."""
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            theme=_THEME,
+            css=_STYLE,
+            ssr_mode=False,
+            enable_monitoring=False,
+        )
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}, port {port or 'any'}: {error}") from error
+    print(f"{address} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
 
 
 def _typing(page: gr.Blocks, studio: Studio, prompt: str, teacher_steps: int, guidance: float) -> None:
@@ -76,7 +77,9 @@ def _typing(page: gr.Blocks, studio: Studio, prompt: str, teacher_steps: int, gu
 
     def draw(model: str, text: str, negative: str, seed: float, count: int) -> tuple[Any, str]:
         return _shown(
-            lambda: studio.pictures(model, text, seed=int(seed), count=int(count), negative_prompt=negative)
+            lambda: studio.pictures(
+                model, text, seed=_whole(seed), count=int(count), negative_prompt=negative
+            )
         )
 
     def draw_many(
@@ -95,7 +98,7 @@ def _typing(page: gr.Blocks, studio: Studio, prompt: str, teacher_steps: int, gu
             lambda: studio.pictures(
                 model,
                 text,
-                seed=int(seed),
+                seed=_whole(seed),
                 count=int(count),
                 negative_prompt=negative,
                 steps=int(steps),
@@ -148,7 +151,7 @@ def _between(tab: gr.Tab, studio: Studio, prompt: str) -> None:
         model: str, first: str, second: str, seed: float, other: float, share: float, noise_share: float
     ):
         return _shown(
-            lambda: studio.between(model, (first, second), (int(seed), int(other)), share, noise_share)
+            lambda: studio.between(model, (first, second), (_whole(seed), _whole(other)), share, noise_share)
         )
 
     inputs = [model, first, second, *seeds, share, noise_share]
@@ -172,7 +175,7 @@ def _merge(tab: gr.Tab, studio: Studio, prompt: str) -> None:
             picture, note = _picture("Merge", "merge")
 
     def draw(text: str, seed: float, weight: float) -> tuple[Any, str]:
-        return _shown(lambda: studio.merged(text, weight, seed=int(seed)))
+        return _shown(lambda: studio.merged(text, weight, seed=_whole(seed)))
 
     _live([tab.select, text.change, seed.change, weight.change], draw, [text, seed, weight], [picture, note])
 
@@ -203,12 +206,17 @@ def _live(triggers: list, call: Callable, inputs: list, outputs: list) -> None:
     )
 
 
+def _whole(value: float | None) -> int:
+    """Returns the number of a field; raises InputError for one that was emptied."""
+    if value is None:
+        raise InputError("a number is missing")
+    return int(value)
+
+
 def _shown(draw: Callable) -> tuple[np.ndarray | None, str]:
     """Returns a sheet and the time that it took, or nothing and what is wrong."""
     try:
         sheet, seconds = draw()
     except InputError as error:
         return None, str(error)
-    except (TypeError, ValueError):  # a number that was deleted
-        return None, "a number is missing"
     return sheet, f"{1000 * seconds:.0f} ms"

@@ -32,7 +32,7 @@ def address(tmp_path_factory):
         f"--port={port}",
     ]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("pictures")),
     }
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -117,3 +117,17 @@ def test_many_steps_stand_beside_where_they_are_asked_for(page):
     page.get_by_label("Draw it").check()
     seen(page, "many", None)
     assert re.fullmatch(r"\d+ ms", field(page, "many_note").input_value())
+
+
+def test_a_port_that_is_taken_is_one_line(address):
+    port = address.rstrip("/").rpartition(":")[2]
+    command = [sys.executable, "launch/demo.py", "--model=bundled", f"--port={port}"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: cannot listen on 127.0.0.1, port {port}: ")
