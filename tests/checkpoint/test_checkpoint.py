@@ -121,6 +121,7 @@ def test_a_stored_step_is_never_saved_again(stored):
 # --- damage
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_never_gives_wrong_values(stored, two_steps):
     refused = 0
     for path in files_of(stored / "2"):

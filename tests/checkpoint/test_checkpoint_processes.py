@@ -101,6 +101,7 @@ with t.opened(pathlib.Path(sys.argv[1]), keep=2) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_saves_resumes_from_a_verified_step(tmp_path):
     generator = random.Random(0)
     reached = []
@@ -262,6 +263,7 @@ with t.opened(directory) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_restore_one_state(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, state_at(1))

@@ -225,6 +225,7 @@ MUTATIONS: list[Callable[[Header, bytes, np.random.Generator], bytes]] = [
 
 
 @pytest.mark.filterwarnings("ignore")  # numpy's, of numbers that are not finite
+@pytest.mark.slow
 def test_spoilt_files_are_read_or_refused(tmp_path):
     rng = np.random.default_rng(0)
     sound = originals(tmp_path, rng)

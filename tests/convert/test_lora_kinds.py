@@ -82,6 +82,7 @@ def write_folder(pipeline: Path, config: object, directory: Path) -> TorchUNet:
 
 
 @pytest.mark.parametrize("case", FOLDERS)
+@pytest.mark.slow
 def test_a_folder_of_peft_is_fused_as_peft_merges_it(pipeline, base, tmp_path, case):
     unet = write_folder(pipeline, FOLDERS[case], tmp_path / "lora")
     update = read_lora(tmp_path / "lora", layers=layers_of(base))

@@ -86,6 +86,7 @@ def test_whatever_writes_a_pipeline_writes_one_dtype(half, tmp_path):
     assert types(tmp_path / "asked") == {"BF16"} and said(tmp_path / "asked") == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_dtype(half, tmp_path):
     if half.name.startswith("sdxl"):
         pytest.skip("one shape shows what the flag does")

@@ -209,6 +209,7 @@ def test_a_file_that_says_that_it_predicts_v_is_believed(made, tmp_path):
         convert(tmp_path / "x.safetensors", tmp_path / "other", base=base, prediction_type="epsilon")
 
 
+@pytest.mark.slow
 def test_a_file_is_named_where_a_model_is(made, tmp_path, monkeypatch):
     family, pipeline, world = made
     if family == "sd2":
@@ -281,6 +282,7 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(made, tmp_path):
         resolve(tmp_path / "x.ckpt")
 
 
+@pytest.mark.slow
 def test_the_command_and_a_student_that_starts_from_a_file(made, tmp_path, monkeypatch):
     family, pipeline, world = made
     if family != "sd2":

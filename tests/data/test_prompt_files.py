@@ -346,6 +346,7 @@ def test_cr_lines_agree_with_a_plain_reading_across_chunks(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl.gz"])
+@pytest.mark.slow
 def test_many_rows_are_read_in_flat_memory(tmp_path, suffix):
     count = 60_000
     path = tmp_path / f"big{suffix}"

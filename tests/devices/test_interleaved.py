@@ -23,6 +23,7 @@ def found() -> dict:
 
 
 @pytest.mark.parametrize("what", ["gradient", "pictures"])
+@pytest.mark.slow
 def test_no_row_leaves_its_device(found, what):
     assert found[what]["collectives"] == []
     assert found[what]["behind"] > 0, "one batch behind the other moves rows"

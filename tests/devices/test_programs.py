@@ -54,6 +54,7 @@ def both(request):
     return *results, planned, programs, STAGES | few | (FRESH_STAGES if further else set())
 
 
+@pytest.mark.slow
 def test_stages_give_the_numbers_of_one_program(both):
     (want, want_metrics), (got, got_metrics), *_ = both
     leaves = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)

@@ -43,6 +43,7 @@ def test_the_reward_of_a_clip_pulls_as_the_clip_loss_of_it_does():
     np.testing.assert_array_equal(reward, clip)
 
 
+@pytest.mark.slow
 def test_both_pull_together_each_with_a_network_weight_and_clamp_of_its_own():
     clip, _ = pulled(CLIP)
     changes = REWARD | {"reward.weight": 5.0, "reward.tau": 0.9}

@@ -180,6 +180,7 @@ def theirs_of(network, pixels):
         forward[name] = before
 
 
+@pytest.mark.slow
 def test_a_picture_depends_on_its_prompt_row_and_seed_alone(coco):
     specs = [
         {
@@ -270,6 +271,7 @@ def test_ranges_that_are_none_are_refused(text):
         ),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_nothing_is_written(coco, tmp_path, flags, message):
     given = [flag.format(coco) for flag in flags]
     code, _, error = run(coco, tmp_path / "out", *given)

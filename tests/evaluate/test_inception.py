@@ -49,6 +49,7 @@ def check(ours, features, logits):
     assert ours["probabilities"].shape[1] == 1008 and ours["features"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_features_and_probabilities_of_the_graph_s_own_resize(both, pictures):
     theirs, ours = both
     features, logits = theirs(torch.from_numpy(pictures).permute(0, 3, 1, 2))

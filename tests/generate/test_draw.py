@@ -46,6 +46,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_pictures_of_other_settings_are_not_taken_for_these(model, tmp_path, rng, capsys):
     out = tmp_path / "out"
     draw(opened(model), str(out), **SETTINGS)
@@ -172,6 +173,7 @@ def test_a_seed_beyond_32_bits_is_refused_on_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [100, 0])
+@pytest.mark.slow
 def test_a_picture_that_finds_no_room_is_one_line_and_leaves_nothing(tmp_path, limit):
     script = """
 import resource, sys
@@ -200,6 +202,7 @@ def test_prompts_that_are_cut_are_told(model, tmp_path, caplog):
     assert "1 of 2 prompts are longer than 12 tokens and are cut" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_prompt_by_flag_and_the_same_by_file_are_one_picture(model, tmp_path):
     prompts = ["a\u200b red\t apple\x07", "\u202ea  dog "]
     (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
@@ -251,6 +254,7 @@ def test_the_column_that_was_guessed_is_told(model, tmp_path, caplog):
     assert "p.csv: the prompts are its column 'caption', of id, caption" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_column_of_a_file_at_home_is_a_flag(tmp_path):
     (tmp_path / "p.csv").write_text("text,caption\ncat,dog\n")
     command = [
@@ -286,6 +290,7 @@ def test_pictures_are_written_while_the_next_are_drawn_and_errors_are_told(tmp_p
         files.write([tmp_path / "file" / "0.png"], pictures[:1])
 
 
+@pytest.mark.slow
 def test_sizes_negative_prompts_and_precision_are_of_the_settings(model, tmp_path):
     out = tmp_path / "out"
     draw(
@@ -310,6 +315,7 @@ def test_sizes_negative_prompts_and_precision_are_of_the_settings(model, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_drawn_by_its_newest_averaged_student(tmp_path):
     write_pipeline(tmp_path)
     made = make_run(tmp_path, "run")

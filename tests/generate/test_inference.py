@@ -110,6 +110,7 @@ def test_a_pipeline_is_saved_with_the_weights_that_it_has(ours, directory, tmp_p
         ours.save_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_picture_depends_on_its_prompt_seed_and_index_alone(ours):
     three = ours.draw(["a dog", "a red apple", "dog"], seed=3)
     alone = ours.draw(["a red apple"], seed=3, indices=[1])
@@ -137,6 +138,7 @@ def test_seed_0_is_a_seed_and_noise_is_standard_normal():
     assert not np.array_equal(noise, initial_noise(1, range(64), (8, 8, 4)))
 
 
+@pytest.mark.slow
 def test_generate_is_pure_and_differentiable(ours, rng):
     noise = rng.standard_normal((1, 8, 8, 4), np.float32)
     ids, null = ours.tokenizer.encode(["dog"]), ours.tokenizer.encode([""])[0]
@@ -253,6 +255,7 @@ def test_another_size_is_that_of_diffusers(ours, directory, rng):
     assert got.shape == (2, 16, 48, 3) and np.abs(got / 255.0 - want).max() < 2 / 255
 
 
+@pytest.mark.slow
 def test_other_batches_and_strengths_are_drawn_by_the_same_program(ours):
     program = ours._program(2, "ddim")
     before = program._cache_size()

@@ -54,6 +54,7 @@ def test_noise_between_is_as_long_as_noise(rng):
     assert np.std((first + second) / 2) < 0.75
 
 
+@pytest.mark.slow
 def test_the_pictures_at_the_ends_are_those_of_the_prompts_and_seeds(ours):
     pictures = ours.between(PROMPTS, [0.0, 0.3, 0.6, 1.0], seeds=(3, 4))
     for end, prompt, seed in ((0, PROMPTS[0], 3), (3, PROMPTS[1], 4)):

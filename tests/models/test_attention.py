@@ -190,6 +190,7 @@ def test_a_cpu_keeps_to_xla():
     assert attention.choose(make_mesh(1, 1, 1, jax.devices()[:1]), jnp.bfloat16) is None
 
 
+@pytest.mark.slow
 def test_on_a_tpu_splash_keeps_no_scores():
     """By the real compiler, of forward and backward at 4,096 tokens, as in Stable Diffusion at 512 px."""
     mesh = make_mesh(1, 4, 1, devices_of("v4:2x2x1")[1])

@@ -97,6 +97,7 @@ def test_whole_network_equals_diffusers(case, rng):
     assert max(found.values()) < BOUND
 
 
+@pytest.mark.slow
 def test_stable_diffusion_widths_equal_diffusers(rng):
     found = errors(*pair(SD21), (64, 64), rng)
     print(found)

@@ -184,6 +184,7 @@ QUIET = (
 
 
 @pytest.mark.parametrize("arguments", QUIET, ids=lambda arguments: arguments[0])
+@pytest.mark.slow
 def test_libtpu_is_quiet_where_no_tpu_is(tmp_path, arguments):
     environment = {name: value for name, value in os.environ.items() if name not in UNSAID}
     program, *others = (argument.format(tmp_path) for argument in arguments)

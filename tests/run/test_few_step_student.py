@@ -75,6 +75,7 @@ def diffusers_draws(directory, monkeypatch, noise, again, **settings):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_an_export_draws_in_diffusers_what_it_draws_here(
     tmp_path, rng, monkeypatch, capsys, prediction_type, timesteps
 ):
@@ -100,6 +101,7 @@ def test_an_export_draws_in_diffusers_what_it_draws_here(
         assert np.abs(one / 255.0 - want).max() > 10 / 255, "one step of it is another picture"
 
 
+@pytest.mark.slow
 def test_what_diffusers_saves_again_is_the_same_student(tmp_path, rng):
     write_pipeline(tmp_path)
     export = make_run(tmp_path, "run", **{"student.timesteps": UNEVEN}).directory / "export"
@@ -121,6 +123,7 @@ def test_a_published_lcm_draws_as_in_diffusers(tmp_path, rng, monkeypatch):
     assert np.abs(got / 255.0 - want).max() < 2 / 255
 
 
+@pytest.mark.slow
 def test_a_picture_depends_on_its_prompt_seed_and_index_alone(tmp_path):
     write_pipeline(tmp_path)
     ours = sbv2_jax.load(make_run(tmp_path, "run", **{"student.timesteps": FOUR}).directory / "export")
@@ -181,6 +184,7 @@ def test_a_run_goes_on_to_the_same_bits_and_its_export_is_drawn_by_the_command(w
         assert np.abs(drawn - picture).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_converted_with_its_timesteps(tmp_path):
     write_pipeline(tmp_path)
     run = make_run(tmp_path, "run", **{"student.timesteps": TWO, "student.mode": "lora"}).directory

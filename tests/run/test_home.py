@@ -49,6 +49,7 @@ def test_every_field_that_is_a_path(tmp_path, monkeypatch):
         read_parts(config, dry_run=True)
 
 
+@pytest.mark.slow
 def test_the_command_finds_its_config_file_and_its_teacher_there(tmp_path):
     write_world(tmp_path)
     shutil.copy(ROOT / "configs" / "openmoji.py", tmp_path / "run.py")

@@ -42,6 +42,7 @@ def estimated(config, parts, *mesh):
     return memory.estimate(config, run, of_an_image, AbstractMesh(mesh, AXES))
 
 
+@pytest.mark.slow
 def test_the_estimate_is_what_is_held_and_what_grows_with_the_batch(world):
     config, parts = world
     run = assemble(config, parts)
@@ -57,6 +58,7 @@ def test_the_estimate_is_what_is_held_and_what_grows_with_the_batch(world):
     assert held / 8 < split < held / 4, "most leaves are split over eight"
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_the_backward_pass_is_what_jax_keeps(world):
     config, parts = world
     run = assemble(config, parts)
@@ -69,6 +71,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_jax_keeps(world):
     assert memory.activations(again, remat=False) < 0.6 * kept
 
 
+@pytest.mark.slow
 def test_the_weights_are_split_over_as_few_devices_as_need_be(world):
     config, parts = world
     config = changed(config, mesh__fsdp=-1)
@@ -88,6 +91,7 @@ def test_replicas_that_the_devices_do_not_make_are_refused(world, bytes_limit):
             memory.fit(changed(config, mesh__fsdp=-1, mesh__replica=replica), parts, devices, bytes_limit)
 
 
+@pytest.mark.slow
 def test_activations_are_recomputed_where_that_saves_a_split(world):
     config, parts = world
     config = changed(config, mesh__fsdp=-1, remat="auto", batch_size=1024)
