@@ -1,12 +1,10 @@
 """Writing checkpoints in the background, and the directory of one run that owns them."""
 
-import contextlib
 import itertools
 import json
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +41,7 @@ from sbv2_jax.checkpoint.manifest import (
 from sbv2_jax.checkpoint.parts import Described, describe_own, joined
 from sbv2_jax.checkpoint.restore import first_good, read_verified
 from sbv2_jax.checkpoint.snapshot import snapshot
+from sbv2_jax.checkpoint.versions import versions
 from sbv2_jax.devices import processes
 from sbv2_jax.errors import InputError, listed
 
@@ -52,7 +51,7 @@ _WRITE_SECONDS = 3600
 _WRITE_AT_A_TIME = 1
 # The number of a save in this process, the same in all: its processes meet once under each.
 _SAVES = itertools.count()
-_VERSIONS = ("sbv2_jax", "jax", "orbax-checkpoint")
+_PACKAGES = ("jax", "orbax-checkpoint")
 
 
 class NotFinite(CheckpointError):
@@ -137,7 +136,7 @@ class Checkpoints:
             extra=extra or {},
             leaves={},
             files={},
-            versions=_versions(),
+            versions=versions(*_PACKAGES),
             sources=self._sources,
         )
         json_digest(manifest.extra)  # what JSON cannot hold fails here, not in the background
@@ -337,16 +336,8 @@ def _checkpointer() -> ocp.AsyncCheckpointer:
     )
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):  # a package that runs where it lies, not installed
-            found[name] = version(name)
-    return found
-
-
 def _tell_versions(saved: Mapping[str, str]) -> None:
-    now = _versions()
+    now = versions(*_PACKAGES)
     if other := [
         f"{name} {saved[name]}, now {now[name]}" for name in now if name in saved and saved[name] != now[name]
     ]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from sbv2_jax.checkpoint.finite import is_finite
 from sbv2_jax.convert.formats.component import Component, write_component
 from sbv2_jax.convert.formats.files import file_of, new_directory, read_json
-from sbv2_jax.convert.formats.finite import is_finite, refuse_not_finite
+from sbv2_jax.convert.formats.finite import refuse_not_finite
 from sbv2_jax.convert.formats.names import params_from_torch
 from sbv2_jax.convert.formats.openclip_names import Source, sources_of, tensor_of
 from sbv2_jax.convert.formats.resolve import resolve

@@ -1,5 +1,6 @@
 """What the live page shows: pictures of models that are opened once, each with the time that it took."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,9 @@ class Studio:
             first, other = (open_run_or_model(name) for name in merge)
             require_mergeable([first, other])
             pipeline = pipeline_of(first)
-            self._pair = (pipeline, pipeline.params.unet, jax.device_put(_float32(other.unet.params)))
+            # What is around the first one is around all merges.
+            second = pipeline_of(dataclasses.replace(first, name=other.name, unet=other.unet))
+            self._pair = pipeline, pipeline.params.unet, second.params.unet
         self.merges = tuple(merge)
 
     def pictures(
@@ -82,14 +85,13 @@ class Studio:
             lambda: pipeline.between(prompts, [share], seeds=seeds, noise_shares=[noise_share])
         )
 
-    def merged(self, prompt: str, weight: float, *, seed: int = 0, count: int = 1) -> Shown:
-        """Draws pictures with `weight` of the first model of the merge and the rest of the other."""
+    def merged(self, prompt: str, weight: float, *, seed: int = 0) -> Shown:
+        """Draws a picture with `weight` of the first model of the merge and the rest of the other."""
         if self._pair is None:
             raise InputError("no two models were given to merge")
         pipeline, first, other = self._pair
         unet = _sum(first, other, np.float32(weight))
-        prompts = [prompt] * min(count, MOST_PICTURES)
-        return self._timed(lambda: pipeline.draw(prompts, seed=seed, unet=unet))
+        return self._timed(lambda: pipeline.draw([prompt], seed=seed, unet=unet))
 
     def _open(self, name: str) -> Pipeline:
         if name not in self._loads:
@@ -112,7 +114,3 @@ class Studio:
 @jax.jit
 def _sum(first: Params, other: Params, weight: jax.Array) -> Params:
     return jax.tree.map(lambda one, two: weight * one + (1 - weight) * two, first, other)
-
-
-def _float32(params: Params) -> Params:
-    return {name: np.asarray(leaf, np.float32) for name, leaf in params.items()}

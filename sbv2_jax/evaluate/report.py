@@ -1,7 +1,6 @@
 """An evaluation as files: `report.json`, a table for the terminal, and `report.html`, which needs no other file."""
 
 import html
-import importlib.metadata
 import io
 import json
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sbv2_jax import __version__
+from sbv2_jax.checkpoint.versions import versions
 from sbv2_jax.convert.formats.files import replaced_file
 from sbv2_jax.evaluate import curves
 from sbv2_jax.evaluate.features import shown_path
@@ -32,7 +31,7 @@ def as_json(evaluation: Evaluation, command: str) -> dict[str, Any]:
         "pictures": len(protocol.prompts),
         "prompts": len(np.unique(protocol.of)),
         "command": command,
-        "versions": versions(),
+        "versions": versions(*_PACKAGES),
         "references": evaluation.references,
         "not_measured": list(protocol.absent),
         "sources": [
@@ -55,11 +54,6 @@ def as_json(evaluation: Evaluation, command: str) -> dict[str, Any]:
             for one in evaluation.comparisons
         ],
     }
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of this package and of those that its figures depend on."""
-    return {"sbv2_jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def write(evaluation: Evaluation, command: str, out: Path) -> None:
@@ -125,7 +119,7 @@ def page(evaluation: Evaluation, command: str, drawn: dict[str, bytes]) -> str:
     hashes = html_table(
         (html.escape(name), f"<code>{value}</code>") for name, value in evaluation.references.items()
     )
-    made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    made = ", ".join(f"{name} {version}" for name, version in versions(*_PACKAGES).items())
     parts.append(
         f"<h2>How it was made</h2><pre>{html.escape(command)}</pre><p>{html.escape(made)}</p>{hashes}"
     )

@@ -179,19 +179,9 @@ def make_ready(
         scoring=scoring,
         batches=batches,
         fillings=fillings,
-        step=step and _unless_a_save_failed(checkpoints, step),
+        step=step,
         probe=probe,
     )
-
-
-def _unless_a_save_failed(checkpoints: Checkpoints, step: TrainStep) -> TrainStep:
-    """Returns a step that first raises the error of a save which has failed beside the steps before."""
-
-    def checked(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        checkpoints.check()
-        return step(state, frozen, batch)
-
-    return checked
 
 
 def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
@@ -199,7 +189,7 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
 
     While the devices take a step, the batch of the next is made and the metrics of the one before are read, so that
     they never wait for the host; where a step is saved, drawn or measured, its own are read first. Raises InputError
-    for what cannot be written, and as `Guard` does.
+    for what cannot be written, also by a save that has failed beside the steps, and as `Guard` does.
     """
     checkpoints, grid, first = ready.checkpoints, ready.grid, ready.first
     with Preemption() as preemption, contextlib.ExitStack() as stack:
@@ -217,6 +207,7 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
         for number in range(first + 1, config.steps + 1):
             batch = following
             with watchdog(number, config.limits.step_seconds):
+                checkpoints.check()
                 begin = time.monotonic()
                 ready.state, metrics = ready.step(ready.state, ready.frozen, batch)
                 record.catch_up()

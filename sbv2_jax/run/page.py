@@ -81,11 +81,8 @@ def write_page(run: str | Path, out: str | Path | None = None) -> Path:
     """
     run = Path(run)
     page, out = run_page(run), Path(out or run / PAGE)
-    try:
-        with replaced_file(out) as partial:
-            partial.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    with replaced_file(out) as partial:
+        partial.write_text(page, encoding="utf-8")
     return out
 
 

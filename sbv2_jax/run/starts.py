@@ -1,13 +1,12 @@
 """The record of a run's starts, `starts.jsonl`: when, from which step, on which devices, with which versions."""
 
 import datetime
-import importlib.metadata
 import json
 from pathlib import Path
 
 import jax
 
-from sbv2_jax import __version__
+from sbv2_jax.checkpoint.versions import versions
 from sbv2_jax.run.directory import STARTS
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -22,8 +21,7 @@ def note_start(workdir: Path, step: int) -> None:
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "versions": {"sbv2_jax": __version__}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": versions(*_PACKAGES),
     }
     with open(workdir / STARTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")

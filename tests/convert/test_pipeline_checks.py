@@ -16,8 +16,8 @@ from tiny_pipeline import LENGTH, write_pipeline
 from transformers import CLIPTokenizer
 
 import sbv2_jax
+from sbv2_jax.checkpoint.finite import is_finite
 from sbv2_jax.convert.formats.component import load_component, save_component
-from sbv2_jax.convert.formats.finite import is_finite
 from sbv2_jax.convert.layouts import rewrite
 from sbv2_jax.convert.lora.extract import extract_file
 from sbv2_jax.convert.lora.fuse import fuse_file

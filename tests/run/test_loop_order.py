@@ -23,6 +23,10 @@ class Value:
         return np.float32(self._value)
 
 
+def saving(save):
+    return SimpleNamespace(save=save, check=lambda: None)
+
+
 def ready_of(events, *, first=0, latents_std=lambda step: 1.0):
     """A run whose step, data and checkpoints only note in `events` what is asked of them, and in which order."""
     number = iter(range(first + 1, 1000))
@@ -45,7 +49,7 @@ def ready_of(events, *, first=0, latents_std=lambda step: 1.0):
         run=SimpleNamespace(method=SimpleNamespace(updates=1)),
         mesh=make_mesh(1, 1, 1),
         tokenizers={"input_ids": SimpleNamespace(encode=lambda texts: np.array([[int(t)] for t in texts]))},
-        checkpoints=SimpleNamespace(save=lambda step, state, extra: events.append(f"save {step}")),
+        checkpoints=saving(lambda step, state, extra: events.append(f"save {step}")),
         first=first,
         state={"student_opt": {"count": np.int32(first)}},
         batches=batches(),
@@ -105,7 +109,7 @@ def test_the_time_of_a_step_is_that_of_the_devices_without_saves(tmp_path, monke
     def save(step, state, extra):
         clock[0] += 10.0
 
-    ready.step, ready.checkpoints = step, SimpleNamespace(save=save)
+    ready.step, ready.checkpoints = step, saving(save)
     advance(config_of(), tmp_path, ready)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["seconds_per_step"] for line in lines] == pytest.approx([2.0] * 5)

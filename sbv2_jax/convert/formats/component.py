@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbv2_jax.checkpoint.finite import is_finite
 from sbv2_jax.convert.formats import orbax_files
 from sbv2_jax.convert.formats.files import existing_directory, file_of, new_directory, read_json, write_json
-from sbv2_jax.convert.formats.finite import is_finite, refuse_not_finite
+from sbv2_jax.convert.formats.finite import refuse_not_finite
 from sbv2_jax.convert.formats.legacy import current_names, current_shape
 from sbv2_jax.convert.formats.names import to_ours, to_torch, torch_name, torch_names
 from sbv2_jax.convert.formats.published_shapes import family_text, torch_shape

@@ -2,10 +2,7 @@
 
 from collections.abc import Collection
 
-from sbv2_jax.checkpoint.finite import is_finite
 from sbv2_jax.errors import InputError
-
-__all__ = ["is_finite", "refuse_not_finite"]
 
 _NAMED = 10
 

@@ -8,7 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sbv2_jax.convert.formats.finite import is_finite, refuse_not_finite
+from sbv2_jax.checkpoint.finite import is_finite
+from sbv2_jax.convert.formats.finite import refuse_not_finite
 from sbv2_jax.convert.formats.names import to_ours
 from sbv2_jax.convert.formats.safetensors_io import TensorInfo, read_header
 from sbv2_jax.convert.lora import settings as said
