@@ -7,12 +7,11 @@ for the ratio of each round. `pip install -e ".[test]"` brings PyTorch.
 """
 
 import copy
-import tempfile
-from pathlib import Path
 
 import jax
 import torch
 from absl import flags
+from compiled_step import CompiledStep
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,38 +21,12 @@ from transformers import CLIPTextModel
 from sbv2_jax import cli
 from sbv2_jax.convert.formats.pipeline import load_pipeline
 from sbv2_jax.convert.formats.resolve import resolve
-from sbv2_jax.data.prompts import prompt_batches
 from sbv2_jax.devices.cache import use_cache
 from sbv2_jax.diffusion.schedule import make_schedule
 from sbv2_jax.fields import load
-from sbv2_jax.run.arrays import load_frozen, load_state
-from sbv2_jax.run.batches import next_batch
-from sbv2_jax.run.compilation import compile_step
-from sbv2_jax.run.loop import prepare
 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Steps of each side.", lower_bound=2)
 _BATCH = flags.DEFINE_integer("batch_size", 64, "Images of a step.", lower_bound=1)
-
-
-class Ours:
-    """The step of configs/openmoji.py, compiled as a run compiles it."""
-
-    def __init__(self, config):
-        with tempfile.TemporaryDirectory() as empty:
-            self.run, layout, source, self.tokenizers, self.fillings, start, *_ = prepare(config, Path(empty))
-        self.frozen = load_frozen(self.run, self.tokenizers["input_ids"].encode([""])[0], layout.frozen)
-        self.compiled, _ = compile_step(config, self.run, layout)
-        self.state, self.mesh = load_state(self.run, layout.state, start), layout.mesh
-        self.batches = prompt_batches(source, config.batch_size, config.seed)
-        self.number = 0
-
-    def __call__(self) -> None:
-        batch = next_batch(
-            self.batches, self.tokenizers, self.mesh, self.run.method.updates, self.fillings, self.number
-        )
-        self.number += 1
-        self.state, metrics = self.compiled(self.state, self.frozen, batch)
-        jax.block_until_ready((self.state, metrics))
 
 
 class Eager:
@@ -141,7 +114,7 @@ def main() -> None:
     use_cache()
     config = load("configs/openmoji.py").unlock()
     config.batch_size = _BATCH.value
-    ours = Ours(config)
+    ours = CompiledStep(config)
     tokenizer = ours.tokenizers["input_ids"]
     eager = Eager(config, tokenizer, ours.batches)
     seconds = in_turns({"sbv2_jax": ours, "PyTorch eager": eager}, _ROUNDS.value)

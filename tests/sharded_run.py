@@ -21,12 +21,7 @@ from sbv2_jax.distill.train_step import make_train_step
 from sbv2_jax.tree import leaf_names
 
 SMALLEST_SPLIT = 512  # the networks here are small
-UNET = tiny_world.UNET | {
-    "block_out_channels": [16],
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["UpBlock2D"],
-    "mid_block_type": None,
-}
+UNET = tiny_world.UNET | tiny_world.ONE_LEVEL | {"block_out_channels": [16]}
 
 
 PAIRED = {

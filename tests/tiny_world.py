@@ -43,6 +43,12 @@ UNET = {
     "cross_attention_dim": 12,
     "use_linear_projection": True,
 }
+# The least that has attention, and goes down and up: what trains it compiles in a quarter of the time.
+ONE_LEVEL = {
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "mid_block_type": None,
+}
 TEXT = {
     "hidden_size": 12,
     "intermediate_size": 20,

@@ -2,18 +2,16 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from browser import needs_browser, opened
 from train_processes import free_port
 
-sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]
+pytestmark = [pytest.mark.slow, needs_browser]
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = (
@@ -45,20 +43,9 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def page(address):
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.wrong, page.asked = [], []
-        page.on("console", lambda said: page.wrong.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: page.wrong.append(str(error)))
-        page.on("request", lambda request: page.asked.append(request.url))
-        page.goto(address)
+    with opened(address) as page:
         page.wait_for_selector("#picture img", timeout=120_000)
         yield page
-        assert not page.wrong
-        others = [one for one in page.asked if not one.startswith((address, "data:", "blob:"))]
-        assert page.asked and not others
-        browser.close()
 
 
 def field(page, name):

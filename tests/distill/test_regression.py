@@ -27,12 +27,7 @@ BOUND = 1e-4
 ALONE = {"terms": ("regression",), "pairs.path": "drawn at random", "pairs.share": 0.5, "pairs.weight": 0.7}
 PAIRED = np.array([1, 3])  # of four rows
 # Of the steps, which are compiled in three ways.
-UNET = tiny_world.UNET | {
-    "block_out_channels": [16],
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["UpBlock2D"],
-    "mid_block_type": None,
-}
+UNET = tiny_world.UNET | tiny_world.ONE_LEVEL | {"block_out_channels": [16]}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 import sbv2_jax
 from sbv2_jax import cli
 from sbv2_jax.diffusion.samplers import SAMPLERS
+from sbv2_jax.generate.inference import NEGATIVE_SCALE
 from sbv2_jax.openmoji.pretrain import settings
 from sbv2_jax.run.config_fields import FIELDS
 
@@ -172,6 +173,10 @@ def test_a_tuple_takes_an_item_from_each_of_its_flags():
 def test_the_samplers_of_the_command_are_those_that_there_are():
     out = call(WITHOUT_JAX, "launch/generate.py", "--model=x", "--out=y", "--sampler=x").stderr
     assert out == "error: --sampler=x: must be one of " + ", ".join(map(repr, SAMPLERS)) + "\n"
+
+
+def test_the_strength_of_a_negative_prompt_is_that_of_the_library():
+    assert f"Default: {NEGATIVE_SCALE}." in call(WITHOUT_JAX, "launch/generate.py", "--help").stdout
 
 
 # Where no TPU is and nothing is said of one: libtpu comes with the [test] extra.

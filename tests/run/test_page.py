@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from browser import needs_browser, opened
 from PIL import Image
 
 from sbv2_jax.errors import InputError
@@ -88,6 +89,20 @@ def test_the_page_needs_no_other_file_and_shows_the_samples_of_the_whole_run(run
         False
     ] * 23 + [True]
     assert Image.open(io.BytesIO(base64.b64decode(shown[0][1]))).size == (16, 8)
+
+
+@needs_browser
+def test_the_slider_shows_the_samples_of_each_step(run):
+    with opened(write_page(run).as_uri()) as page:
+
+        def shown():
+            return page.locator(".samples img:visible").evaluate_all("found => found.map(one => one.alt)")
+
+        assert shown() == ["samples of step 58"] and page.locator(".samples output").inner_text() == "58"
+        page.locator(".samples input").fill("0")
+        assert shown() == ["samples of step 0"] and page.locator(".samples output").inner_text() == "0"
+        broken = "found => found.filter(one => one.offsetParent && !one.naturalWidth).length"
+        assert page.locator("img").evaluate_all(broken) == 0
 
 
 def test_metrics_are_found_in_the_order_in_which_they_are_read():
