@@ -19,7 +19,7 @@ FLAGS = (
         text(),
         several=True,
     ),
-    Flag("merge", "Two models or runs, A,B, whose weighted sum is drawn live."),
+    Flag("merge", "Two models or runs, A,B, whose weighted sum is drawn live.", default=""),
     Flag("prompt", "What is shown at first.", default="a large red apple on a blue background"),
     Flag("steps", "Steps of the picture beside.", int, whole(2, 50), default=25),
     Flag("guidance", "Its guidance.", float, number(1, 8), default=2.0),
@@ -33,15 +33,12 @@ def main(given: Namespace) -> None:
     from sbv2_jax.demo.studio import Studio
     from sbv2_jax.devices.cache import use_cache
 
-    pair = [cli.path(name) for name in given.merge.split(",")] if given.merge else []
-    if len(pair) not in (0, 2):
-        raise InputError(f"--merge={given.merge}: two models are expected, A,B")
     try:
         from sbv2_jax.demo.page import build, serve
     except ImportError as error:
         raise InputError(f'the live page needs gradio: pip install "sbv2_jax[demo]" ({error})') from error
     use_cache()
-    studio = Studio(given.model or ["bundled"], pair)
+    studio = Studio(given.model or ["bundled"], given.merge)
     page = build(studio, prompt=given.prompt, teacher_steps=given.steps, guidance=given.guidance)
     serve(page, host=given.host, port=given.port)
 

@@ -9,12 +9,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sbv2_jax.convert.merge import require_mergeable
 from sbv2_jax.errors import InputError
 from sbv2_jax.generate.pictures import tile
 from sbv2_jax.generate.pipeline import Pipeline
-from sbv2_jax.run.drawn import drawn_of, pipeline_of
-from sbv2_jax.run.trained import open_run_or_model
+from sbv2_jax.run.drawn import drawn_of, pair_of, pipeline_of
 from sbv2_jax.tree import Params
 
 MOST_PICTURES = 9
@@ -33,25 +31,25 @@ class Studio:
 
     Args:
       models: directories, hub ids, "bundled" or runs (which stand for their newest student).
-      merge: two models of one shape whose weighted sum can be drawn, or none.
+      merge: "A,B", two models of one shape whose weighted sum can be drawn, or "" for none.
 
     Raises InputError for a model that is not there, and for two that cannot be merged.
     """
 
-    def __init__(self, models: Sequence[str], merge: Sequence[str] = ()):
+    def __init__(self, models: Sequence[str], merge: str = ""):
         self.names = list(dict.fromkeys(models))
         self._opened: dict[str, Pipeline] = {}
         self._loads = {name: drawn_of(name).load for name in self.names}
         self._lock = threading.Lock()  # one picture at a time: the cores are shared
         self._pair: tuple[Pipeline, Params, Params] | None = None
+        self.merges: list[str] = []
         if merge:
-            first, other = (open_run_or_model(name) for name in merge)
-            require_mergeable([first, other])
+            first, other = pair_of(merge)
+            self.merges = [first.name, other.name]
             pipeline = pipeline_of(first)
             # What is around the first one is around all merges.
             second = pipeline_of(dataclasses.replace(first, name=other.name, unet=other.unet))
             self._pair = pipeline, pipeline.params.unet, second.params.unet
-        self.merges = tuple(merge)
 
     def pictures(
         self,

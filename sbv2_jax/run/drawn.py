@@ -4,13 +4,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from sbv2_jax import cli
 from sbv2_jax.convert.formats.pipeline import load_pipeline
+from sbv2_jax.convert.merge import require_mergeable
 from sbv2_jax.convert.model import Model
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
 from sbv2_jax.generate.draw import Drawn
 from sbv2_jax.generate.pipeline import Pipeline, load, ready
-from sbv2_jax.run.trained import is_run, kept_student, read_run, student_of
+from sbv2_jax.run.trained import is_run, kept_student, open_run_or_model, read_run, student_of
 
 
 def drawn_of(
@@ -27,6 +29,16 @@ def drawn_of(
     found, student = student_of(name, step=step, which=which)
     said = f"{name} ({which} of step {found})"
     return Drawn(said, _schedule(student), lambda: pipeline_of(student, dtype=dtype))
+
+
+def pair_of(text: str) -> list[Model]:
+    """Opens the two models or runs of "A,B"; raises InputError where they are not two, or cannot be merged."""
+    names = [cli.path(name) for name in text.split(",")]
+    if len(names) != 2:
+        raise InputError(f"--merge={text}: two models are expected, A,B")
+    models = [open_run_or_model(name) for name in names]
+    require_mergeable(models)
+    return models
 
 
 def pipeline_of(model: Model, *, dtype: Any = jnp.float32) -> Pipeline:

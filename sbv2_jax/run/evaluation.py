@@ -11,7 +11,7 @@ import numpy as np
 
 from sbv2_jax.convert.formats.component import Component
 from sbv2_jax.convert.formats.pipeline import load_pipeline
-from sbv2_jax.convert.merge import merged, require_mergeable
+from sbv2_jax.convert.merge import merged
 from sbv2_jax.convert.model import Model
 from sbv2_jax.diffusion.samplers import SAMPLERS
 from sbv2_jax.errors import InputError
@@ -22,8 +22,8 @@ from sbv2_jax.evaluate.protocol import Protocol
 from sbv2_jax.evaluate.sources import Source
 from sbv2_jax.fields import nearest
 from sbv2_jax.generate.pipeline import Pipeline, check_numbers
-from sbv2_jax.run.drawn import drawn_of, pipeline_of
-from sbv2_jax.run.trained import is_run, open_run_or_model, read_run
+from sbv2_jax.run.drawn import drawn_of, pair_of, pipeline_of
+from sbv2_jax.run.trained import is_run, read_run
 
 _SETTINGS = ("steps", "guidance", "sampler", "step", "which")
 _RANGE = re.compile(r"([^:]+):([^:]+):([^:]+)")
@@ -63,7 +63,7 @@ def run(
     # What is wrong with the last one is said before the first is drawn.
     for spec in asked:
         _check(spec)
-    pair = _pair(merge) if merge else None
+    pair = pair_of(merge) if merge else None
     found = [_of_folder(folder, protocol, real) for folder in folders]
     everything = itertools.chain(
         *(_of_model(spec, seeds, batch_size) for spec in asked),
@@ -151,16 +151,6 @@ def _check(spec: Mapping[str, Any]) -> None:
 def _of_model(spec: Mapping[str, Any], seeds: Sequence[int], batch_size: int) -> Iterator[Source]:
     drawn = drawn_of(spec["model"], step=spec["step"], which=spec["which"])
     yield from _swept(drawn.name, drawn.load(), spec, seeds, batch_size)
-
-
-def _pair(text: str) -> list[Model]:
-    """Opens the two models of a merge; raises InputError where they cannot be merged."""
-    names = text.split(",")
-    if len(names) != 2:
-        raise InputError(f"--merge={text}: two models are expected, A,B")
-    models = [open_run_or_model(name) for name in names]
-    require_mergeable(models)
-    return models
 
 
 def _of_merges(

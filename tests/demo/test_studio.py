@@ -25,7 +25,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def studio(world):
     names = [str(world / "run"), str(world / "pipeline")]
-    return Studio(names, [str(world / "run" / "export"), str(world / "pipeline")])
+    return Studio(names, f"{world}/run/export,{world}/pipeline")
 
 
 def sheet_of(pictures, scale=12):
@@ -67,3 +67,5 @@ def test_what_is_wrong_is_one_line(world, studio):
         Studio([str(world / "pipeline")]).merged("dog", 0.5)
     with pytest.raises(InputError, match="nowhere does not exist"):
         Studio(["/nowhere"])
+    with pytest.raises(InputError, match="--merge=one: two models are expected, A,B"):
+        Studio([str(world / "pipeline")], "one")

@@ -28,6 +28,7 @@ from sbv2_jax.evaluate.intervals import Interval
 from sbv2_jax.evaluate.measure import Evaluation, Row, evaluate
 from sbv2_jax.evaluate.protocol import Protocol
 from sbv2_jax.run import evaluation
+from sbv2_jax.run.drawn import pair_of
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = 150  # three pieces
@@ -206,7 +207,7 @@ def test_merges_begin_and_end_with_their_models(coco, tmp_path):
     unet = load_component(write_pipeline(tmp_path / "made", seed=4, blocks=SMALL_UNET) / "unet")
     save_pipeline(other, base=ours, unet=unet)
     spec = {"steps": (1,), "guidance": (1.0,), "sampler": "dpm"}
-    pair = evaluation._pair(f"{ours},{other}")
+    pair = pair_of(f"{ours},{other}")
     found = list(evaluation._of_merges(pair, evaluation.values("0:1:0.5", float), spec, [0], 4))
     assert [one.settings["weight"] for one in found] == [0.0, 0.5, 1.0]
     texts = ["a red apple", "a dog", "an apple", "red"]
