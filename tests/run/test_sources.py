@@ -229,12 +229,12 @@ def test_a_checkpoint_without_sources_is_compared_by_its_fields(tmp_path):
 def test_other_versions_are_told_and_no_error(saved, monkeypatch, caplog):
     from sbv2_jax.checkpoint import save
 
-    now = save._versions()
-    monkeypatch.setattr(save, "_versions", lambda: now | {"jax": "9.9.9"})
+    now = save.versions("jax", "orbax-checkpoint")
+    monkeypatch.setattr(save, "versions", lambda *packages: now | {"jax": "9.9.9"})
     with opened(saved, {"teacher": "here", "lr": 1.0}, {"teacher": A, "vae": A}) as checkpoints:
         assert checkpoints.restore(state())[0] == 1
     assert f"jax {now['jax']}, now 9.9.9" in caplog.text and "orbax" not in caplog.text
-    assert now.keys() >= {"jax", "orbax-checkpoint"}
+    assert now.keys() == {"sbv2_jax", "jax", "orbax-checkpoint"}
 
 
 def test_a_name_that_is_none_is_refused_with_the_nearest():

@@ -5,7 +5,6 @@ arrays in our names and axes, and a manifest of their shapes, types and SHA-256 
 """
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -22,6 +21,7 @@ from sbv2_jax.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from sbv2_jax.checkpoint.versions import versions
 from sbv2_jax.convert.formats.safetensors_io import DTYPES
 from sbv2_jax.errors import InputError, listed
 from sbv2_jax.tree import Shapes
@@ -121,7 +121,7 @@ def write_params(directory: Path, params: Mapping[str, np.ndarray]) -> None:
         extra={},
         leaves=describe(leaves),
         files=file_sizes(folder),
-        versions={name: version(name) for name in ("jax", "orbax-checkpoint")},
+        versions=versions("jax", "orbax-checkpoint"),
     )
     write_manifest(folder, manifest)
 
