@@ -31,6 +31,8 @@ OPENMOJI = [
 ]
 # The live page.
 DEMO = ["gradio>=6"]
+# Metrics and pictures at Weights & Biases.
+WANDB = ["wandb>=0.18"]
 # Prompts in Parquet files, and those compressed with Zstandard.
 PARQUET = ["pyarrow>=15"]
 
@@ -76,12 +78,13 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": TEST + DEMO + EVALUATE + OPENMOJI + PARQUET + TPU,
+        "test": TEST + DEMO + EVALUATE + OPENMOJI + PARQUET + TPU + WANDB,
         "demo": DEMO,
         "openmoji": OPENMOJI,
         "evaluate": EVALUATE,
         "parquet": PARQUET,
         "tpu": TPU,
+        "wandb": WANDB,
         "cuda": ["jax[cuda12]>=0.10"],
     },
 )

@@ -26,6 +26,7 @@ _MAY_CHANGE = (
     "remat",
     "sample",
     "student.lora.init",
+    "wandb",
 )
 # Fields, and groups of them, that there have not always been: a run before them did what their defaults say, so that
 # its checkpoints go on.

@@ -260,4 +260,9 @@ FIELDS: dict[str, Field] = {
     "sample.prompts": Field(
         ("a red apple on a blue background", "a smiling cat"), strings, "What the sample pictures show."
     ),
+    "wandb.project": Field(
+        "",
+        text(empty=True),
+        'A project of Weights & Biases that metrics and pictures go to as well (extra "wandb"); "" is none.',
+    ),
 }

@@ -1,13 +1,13 @@
-"""The record of a run: metrics.jsonl with each step exactly once, TensorBoard events, and a progress bar."""
+"""The record of a run: metrics.jsonl with each step exactly once, TensorBoard events, a progress bar, and a mirror."""
 
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from absl import logging
@@ -22,6 +22,14 @@ from sbv2_jax.run.directory import METRICS
 _FLUSH_SECONDS = 120.0  # between writes of the TensorBoard events that are buffered
 
 
+class Mirror(Protocol):
+    """What is told every step too, such as a `WandbMirror`."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsLog:
     """Writes the metrics of every step; silent on all processes but the first.
 
@@ -30,11 +38,20 @@ class MetricsLog:
       steps: the last step of the run, for the progress bar.
       batch_size: images of one step, for `images_per_sec`.
       resume_step: the step that was restored; what was logged beyond it is cut off. 0 starts anew.
+      mirror: makes what is told every step too, when the files are there.
 
     Raises InputError where its files cannot be written, at any time: a disk fills up in the middle of a run.
     """
 
-    def __init__(self, workdir: str | Path, *, steps: int, batch_size: int, resume_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        steps: int,
+        batch_size: int,
+        resume_step: int = 0,
+        mirror: Callable[[], Mirror] | None = None,
+    ):
         self._batch_size = batch_size
         self._last = (resume_step, time.monotonic())
         self._file = None
@@ -55,6 +72,7 @@ class MetricsLog:
             self._add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        self._mirror = mirror() if mirror else None
         # Into a file or a pipe, a line twice a minute is enough.
         interval = 0.1 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(total=steps, initial=resume_step, unit="step", mininterval=interval)
@@ -83,6 +101,8 @@ class MetricsLog:
                 self._flushed = now
         except OSError as error:
             raise self._unwritable(error) from error
+        if self._mirror:
+            self._mirror.write(step, values)
         losses = {name[5:]: f"{value:.3g}" for name, value in values.items() if name.startswith("loss/")}
         speed = {"img/s": f"{values['images_per_sec']:.3g}"}
         self._bar.set_postfix(losses | speed, refresh=False)
@@ -99,6 +119,9 @@ class MetricsLog:
             file.close()
         except OSError as error:
             raise self._unwritable(error) from error
+        finally:
+            if self._mirror:
+                self._mirror.close()
 
     def _add(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,7 @@ from sbv2_jax.run.record import Record
 from sbv2_jax.run.scoring import Measured, Scoring, open_protocol
 from sbv2_jax.run.sources import PLACES, Files, Source, check_forced, sources_of
 from sbv2_jax.run.starts import note_start
+from sbv2_jax.run.wandb_mirror import WandbMirror, require_wandb
 from sbv2_jax.run.watchdog import watchdog
 
 
@@ -194,7 +196,13 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
     checkpoints, grid, first = ready.checkpoints, ready.grid, ready.first
     with Preemption() as preemption, contextlib.ExitStack() as stack:
         with processes.together():
-            log = MetricsLog(workdir, steps=config.steps, batch_size=config.batch_size, resume_step=first)
+            log = MetricsLog(
+                workdir,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                resume_step=first,
+                mirror=_mirror(config, workdir),
+            )
         stack.enter_context(log)
         guard = Guard(workdir, config.limits.latents_std)
         record = Record(log, guard, Health(config, ready.state))
@@ -241,6 +249,12 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
     return False
 
 
+def _mirror(config: ConfigDict, workdir: Path) -> Callable[[], WandbMirror] | None:
+    if not config.wandb.project:
+        return None
+    return functools.partial(WandbMirror, config.wandb.project, workdir, config.to_dict())
+
+
 class Prepared(NamedTuple):
     """What a run needs before anything is loaded; `start` holds the factors that the student's LoRA starts from."""
 
@@ -257,6 +271,8 @@ class Prepared(NamedTuple):
 
 def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     """Reads all that can be wrong with a run's input, writes nothing, and logs what each sharding rule matches."""
+    if config.wandb.project:
+        require_wandb()
     config, run, layout = lay_out(config, read_parts(config), jax.devices(), device_memory())
     for pattern, leaves in layout.matches().items():
         logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)
