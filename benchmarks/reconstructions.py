@@ -6,6 +6,8 @@ python launch/evaluate.py --protocol=openmoji --pictures=real --pictures=runs/re
 `pip install -e ".[openmoji,evaluate]"` brings what both need.
 """
 
+from pathlib import Path
+
 import jax
 import numpy as np
 from absl import flags
@@ -28,7 +30,7 @@ _SPLIT = flags.DEFINE_enum("split", "test", ("validation", "test"), "Whose promp
 
 def main() -> None:
     use_cache()
-    vae = load_component(resolve(_MODEL.value) / "vae")
+    vae = load_component(Path(resolve(_MODEL.value)) / "vae")
     net = network(vae.config)
 
     @jax.jit
@@ -41,7 +43,7 @@ def main() -> None:
         rows = range(row, min(row + 64, _COUNT.value))
         pictures = to_uint8(in_batches(reconstruct, vae.params, np.stack([real[each] for each in rows])))
         for each, picture in zip(rows, pictures, strict=True):
-            save_png(_OUT.value / f"{each:05d}.png", picture)
+            save_png(Path(_OUT.value) / f"{each:05d}.png", picture)
 
 
 if __name__ == "__main__":
