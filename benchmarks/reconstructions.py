@@ -30,7 +30,7 @@ _SPLIT = flags.DEFINE_enum("split", "test", ("validation", "test"), "Whose promp
 
 def main() -> None:
     use_cache()
-    vae = load_component(Path(resolve(_MODEL.value)) / "vae")
+    vae = load_component(Path(resolve(_MODEL.value)) / "vae", dtype="float32")
     net = network(vae.config)
 
     @jax.jit
