@@ -22,11 +22,12 @@ from sbv2_jax.errors import InputError
 from sbv2_jax.fields import one_of, text, whole
 
 KINDS = ("seen", "recombined", "held_out")
+JUDGES = ("efficientnet-lite0", "efficientnet-lite2")
 _HPSV2 = ("hpsv2", "hpsv2_weights")
 NETWORKS = ("inception", "clip", *_HPSV2, "cmmd", "dinov2")
 # The flags that not every protocol takes.
 TAKES = {
-    "openmoji": ("images", "kind", "split", "clip"),
+    "openmoji": ("images", "kind", "split", "judge", "clip"),
     "coco30k-sbv2": ("prompts", "column", "real", *NETWORKS, "channels"),
     "coco30k-dmd2": ("prompts", "column", "real", "inception", "clip"),
     "hpsv2": ("prompts", "column", *_HPSV2, "clip"),
@@ -74,6 +75,14 @@ FLAGS = (
         "Prompts to choose settings by, 'validation', or to report, 'test' (openmoji). Default: test.",
         str,
         one_of("validation", "test"),
+    ),
+    Flag(
+        "judge",
+        f"A network that sees pictures (openmoji): {', '.join(JUDGES)}. May be given several times. Default: both; one "
+        "alone is quicker, and gives no verdict.",
+        str,
+        one_of(*JUDGES),
+        several=True,
     ),
     Flag("prompts", "The file of captions.", path, text()),
     Flag("column", "The column or key of the captions in that file."),
@@ -137,7 +146,8 @@ def _protocol(given: Namespace):
             "images": given.images or 1,
         }
         clip = functools.partial(open_image_text, given.clip) if given.clip else None
-        return openmoji(**settings, clip=clip), real_pictures(**settings)
+        judges = tuple(dict.fromkeys(given.judge)) or JUDGES
+        return openmoji(**settings, judges=judges, clip=clip), real_pictures(**settings)
     from sbv2_jax.evaluate import presets
 
     cli.require(given, ["prompts"], f"--protocol={given.protocol}")

@@ -1,7 +1,7 @@
 """The protocol of the OpenMoji world: prompts whose combinations training never saw, real pictures of them beside."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from sbv2_jax.openmoji import scenes, world
 from sbv2_jax.openmoji.facts import Facts
 
 # The judges: networks of ImageNet, which no part of the method has seen.
-_JUDGES = ("efficientnet-lite0", "efficientnet-lite2")
+JUDGES = ("efficientnet-lite0", "efficientnet-lite2")
 _SETS = ("frechet", "kernel", "precision_recall", "density_coverage")
 _NAMES = {"frechet": "FD", "kernel": "KID"}
 _FITTED = 8000  # real pictures to which the classifiers are fitted
@@ -26,11 +26,13 @@ def openmoji(
     split: str = "test",
     count: int = 2000,
     images: int = 1,
+    judges: Sequence[str] = JUDGES,
     clip: Callable | None = None,
 ) -> Protocol:
     """Returns the protocol over `count` prompts of one kind, with `images` pictures of each (see `world.prompts`).
 
-    "validation" is to choose settings by, "test" to report. `clip` opens the network that sees captions.
+    "validation" is to choose settings by, "test" to report. `judges` are the networks that see pictures: one alone is
+    quicker, and gives no verdict. `clip` opens the network that sees captions.
     """
     prompts = world.prompts(kind, count, split)
     others = world.prompts(kind, 2 * count, split)[count:]
@@ -54,12 +56,13 @@ def openmoji(
             metrics=metrics,
             names=_NAMES,
         )
-        for name in _JUDGES
+        for name in judges
     ]
     if clip is not None:
         names = {"clip_score": "CLIP score"}
         score = (METRICS["clip_score"],)
         panels.append(Panel(label="clip", open=clip, metrics=score, captions=True, names=names))
+    rule = JUDGES if set(judges) >= set(JUDGES) else ()
     return Protocol(
         name=f"openmoji, {kind} prompts of {split}",
         prompts=[one.caption for one in prompts for _ in range(images)],
@@ -73,19 +76,17 @@ def openmoji(
             _FITTED,
             lambda index: world.example("train", index, _FITTED_SEED).image,
         ),
-        decisive=tuple((name, figure) for name in _JUDGES for figure in _NAMES.values()),
-        guarded=tuple((name, figure) for name in _JUDGES for figure in ("recall", "drawing")),
+        decisive=tuple((name, figure) for name in rule for figure in _NAMES.values()),
+        guarded=tuple((name, figure) for name in rule for figure in ("recall", "drawing")),
     )
 
 
 def in_training(count: int) -> Protocol:
     """Returns a small protocol for `config.evaluate`: validation prompts, and Lite0's figures alone."""
-    whole = openmoji(split="validation", count=count)
-    kept = whole.panels[0]
+    whole = openmoji(split="validation", count=count, judges=JUDGES[:1])
+    (kept,) = whole.panels
     metrics = tuple(one for one in kept.metrics if one.name in ("frechet", "kernel", "facts"))
-    return dataclasses.replace(
-        whole, panels=(dataclasses.replace(kept, metrics=metrics),), decisive=(), guarded=()
-    )
+    return dataclasses.replace(whole, panels=(dataclasses.replace(kept, metrics=metrics),))
 
 
 def real_pictures(*, kind: str, split: str, count: int, images: int) -> Made:

@@ -73,6 +73,14 @@ def test_prompts_real_pictures_and_training_pictures_are_of_different_draws():
     assert {name for panel, name in protocol.decisive} == {"FD", "KID"}
 
 
+def test_one_judge_gives_its_figures_and_no_verdict():
+    alone = openmoji(count=6, judges=("efficientnet-lite2",))
+    assert [panel.label for panel in alone.panels] == ["efficientnet-lite2"]
+    assert not alone.decisive and not alone.guarded
+    # what is drawn is the same
+    assert alone.fingerprint() == openmoji(count=6).fingerprint()
+
+
 def test_the_small_protocol_of_a_run_is_of_validation_prompts():
     protocol = in_training(count=5)
     assert protocol.prompts == openmoji(count=5, split="validation").prompts
