@@ -43,7 +43,10 @@ def main() -> int:
     jax.config.update("jax_enable_compilation_cache", False)
     logging.set_verbosity(logging.INFO)  # each program as it is compiled, on stderr
     compiled = functools.partial(
-        compile_for, topology=_TOPOLOGY.value, workers=_WORKERS.value, effort=_EFFORT.value
+        compile_for,
+        topology=_TOPOLOGY.value,  # type: ignore[arg-type]  # it is required
+        workers=_WORKERS.value,
+        effort=_EFFORT.value,
     )
     plan = compiled(_CONFIG.value)
     print(text_of(plan), flush=True)

@@ -15,11 +15,16 @@ import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sbv2_jax import cli
 from sbv2_jax.cli import Flag, path
 from sbv2_jax.errors import InputError
 from sbv2_jax.fields import one_of, text, whole
+
+if TYPE_CHECKING:
+    from sbv2_jax.evaluate.pictures import Pictures
+    from sbv2_jax.evaluate.protocol import Protocol
 
 KINDS = ("seen", "recombined", "held_out")
 JUDGES = ("efficientnet-lite0", "efficientnet-lite2")
@@ -135,21 +140,18 @@ def main(given: Namespace) -> None:
     )
 
 
-def _protocol(given: Namespace):
+def _protocol(given: Namespace) -> "tuple[Protocol, Pictures | None]":
     """Returns the protocol that was asked for, and the real pictures of its own prompts, where it has them."""
     if given.protocol == "openmoji":
         from sbv2_jax.evaluate.extractors.image_text import open_image_text
         from sbv2_jax.openmoji.protocol import openmoji, real_pictures
 
-        settings = {
-            "kind": given.kind or "recombined",
-            "split": given.split or "test",
-            "count": given.count or 2000,
-            "images": given.images or 1,
-        }
+        kind, split = given.kind or "recombined", given.split or "test"
+        count, images = given.count or 2000, given.images or 1
         clip = functools.partial(open_image_text, given.clip) if given.clip else None
         judges = tuple(dict.fromkeys(given.judge)) or JUDGES
-        return openmoji(**settings, judges=judges, clip=clip), real_pictures(**settings)
+        protocol = openmoji(kind=kind, split=split, count=count, images=images, judges=judges, clip=clip)
+        return protocol, real_pictures(kind=kind, split=split, count=count, images=images)
     from sbv2_jax.evaluate import presets
 
     cli.require(given, ["prompts"], f"--protocol={given.protocol}")

@@ -302,7 +302,13 @@ class _Store(argparse.Action):
         super().__init__(*args, **kwargs)
         self._flag = flag
 
-    def __call__(self, parser, namespace, text, option_string=None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        text: Any,
+        option_string: str | None = None,
+    ) -> None:
         kind, check, several = self._flag.kind, self._flag.check, self._flag.several
         try:
             value = kind(text)

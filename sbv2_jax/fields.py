@@ -32,7 +32,7 @@ class Field(NamedTuple):
     @property
     def expected(self) -> str:
         """What the value must be, in words."""
-        return self.check(_NOTHING)
+        return self.check(_NOTHING) or ""
 
 
 _NOTHING = object()  # no check accepts it
@@ -75,7 +75,7 @@ def config_spec(spec: str) -> str:
     path = Path(name).expanduser()
     if not path.exists() and path.parts == ("configs", path.name):
         installed = importlib.util.find_spec("sbv2_jax.configs")
-        for directory in installed.submodule_search_locations if installed else ():
+        for directory in (installed and installed.submodule_search_locations) or ():
             if (Path(directory) / path.name).is_file():
                 path = Path(directory) / path.name
     return f"{path}{colon}{argument}"
@@ -90,10 +90,8 @@ def load(spec: str) -> ConfigDict:
     path = Path(name)
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"no config file {name!r} (a .py file is expected)")
-    module_spec = importlib.util.spec_from_file_location("config_file", path)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        module = _run("config_file", path)
         config = module.get_config(argument) if argument else module.get_config()
     except InputError:
         raise
@@ -124,7 +122,14 @@ def _module(name: str) -> Any:
     path = Path(name).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {name}")
-    spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
+    return _run(f"imported_{path.stem}", path)
+
+
+def _run(name: str, path: Path) -> Any:
+    """Returns the module that a file is, having run it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no file of Python")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

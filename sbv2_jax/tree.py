@@ -9,11 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from sbv2_jax.errors import InputError, listed
 
 Params = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
+# Parameters that are only read: of the devices, or of the host.
+Arrays = Mapping[str, jax.Array | np.ndarray]
 
 GIB = 2**30
 
@@ -42,7 +46,7 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def cast(tree: Any, dtype: jnp.dtype) -> Any:
+def cast(tree: Any, dtype: DTypeLike) -> Any:
     """Casts the floating-point leaves of a pytree to `dtype` and leaves the others as they are."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 

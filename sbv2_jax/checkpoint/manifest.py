@@ -116,7 +116,7 @@ def digest(host: np.ndarray) -> str:
     """Returns the SHA-256 of an array's bytes in C order."""
     if host.dtype.hasobject:  # what Orbax gives back for a leaf that its own metadata, damaged, do not list
         return "no array"
-    return hashlib.sha256(np.ascontiguousarray(host).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def changed_leaves(stored: Mapping[str, Mapping], found: Mapping[str, Mapping]) -> list[str]:
@@ -182,7 +182,7 @@ _ABSENT = _Absent()
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     """Returns a nested dictionary as dotted names, with tuples as lists, as JSON would give them back."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")

@@ -37,7 +37,8 @@ def describe_own(leaves: Mapping[str, Any], *, primary: bool) -> Described:
 
     An array of NumPy is that of the `primary` process.
     """
-    found, jobs = {}, []
+    found: dict[str, dict[str, Any]] = {}
+    jobs: list[tuple[str, int, Any]] = []
     for name, leaf in leaves.items():
         shape = leaf.shape
         split = leaf.sharding.shard_shape(shape) if isinstance(leaf, jax.Array) else shape
@@ -47,8 +48,8 @@ def describe_own(leaves: Mapping[str, Any], *, primary: bool) -> Described:
             for shard in leaf.addressable_shards:
                 if shard.replica_id == 0:
                     starts = [start for start, _ in _region(shard.index, shape)]
-                    position = [start // part for start, part in zip(starts, split, strict=True)]
-                    jobs.append((name, _flat(position, grid), shard.data))
+                    place = [start // part for start, part in zip(starts, split, strict=True)]
+                    jobs.append((name, _flat(place, grid), shard.data))
         elif primary:
             jobs.append((name, 0, leaf))
 
@@ -56,7 +57,7 @@ def describe_own(leaves: Mapping[str, Any], *, primary: bool) -> Described:
         host = np.asarray(job[2])
         return digest(host), not jnp.issubdtype(host.dtype, jnp.floating) or is_finite(host)
 
-    not_finite = []
+    not_finite: list[str] = []
     for (name, position, _), (sha256, finite) in zip(jobs, _threads(one, jobs), strict=True):
         found[name]["sha256"][str(position)] = sha256
         if not finite and name not in not_finite:
@@ -69,9 +70,10 @@ def joined(described: Iterable[Described]) -> Described:
 
     Raises CheckpointError where a part is nobody's.
     """
-    leaves, not_finite = {}, {}
+    leaves: dict[str, dict[str, Any]] = {}
+    not_finite: set[str] = set()
     for each in described:
-        not_finite |= dict.fromkeys(each.not_finite)
+        not_finite |= set(each.not_finite)
         for name, entry in each.leaves.items():
             leaves.setdefault(name, {**entry, "sha256": {}})["sha256"] |= entry["sha256"]
     for name, entry in leaves.items():
@@ -143,13 +145,13 @@ def _stored(entry: Mapping[str, Any]) -> Iterator[tuple[Region, str]]:
 
 def _cut(region: Region, own: Mapping[Region, np.ndarray]) -> np.ndarray:
     """Returns the values of a region out of parts that cover it."""
-    dtype, cut = next(iter(own.values())).dtype, None
+    for each, part in own.items():
+        if _overlap(region, each) == region:
+            return part[_slices(region, each)]
+    cut = np.empty([stop - start for start, stop in region], next(iter(own.values())).dtype)
     for each, part in own.items():
         both = _overlap(region, each)
-        if both == region:
-            return part[_slices(both, each)]
         if _volume(both):
-            cut = np.empty([stop - start for start, stop in region], dtype) if cut is None else cut
             cut[_slices(both, region)] = part[_slices(both, each)]
     return cut
 

@@ -68,7 +68,7 @@ def first_good(
             return step, read(step), []
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {directory / str(step)} cannot be used: {error}") from error
-    reasons = {}
+    reasons: dict[int, str] = {}
     for candidate in reversed(step_numbers(directory)):
         try:
             return candidate, read(candidate), list(reasons)
@@ -133,7 +133,8 @@ def _unlike_whole(directory: Path, manifest: Manifest, leaves: Flat) -> list[str
 
 def _groups(manifest: Manifest, names: Iterable[str]) -> Iterator[list[str]]:
     """Yields names of leaves that are read at a time: each reading has its cost, and all must be in memory."""
-    group, filled = [], 0
+    group: list[str] = []
+    filled = 0
     for name in names:
         stored = manifest.leaves[name]
         size = math.prod(stored["shape"]) * jax.numpy.dtype(stored["dtype"]).itemsize

@@ -55,7 +55,7 @@ def _of_network(directory: Path) -> dict[str, Tensor]:
         return _of_params(read_params(directory, network(config).shapes))
     weights = open_weights(directory, config.STEM)
     today = current_names(class_of(config), weights.infos, str(directory))
-    found = {}
+    found: dict[str, Tensor] = {}
     for path in dict.fromkeys(weights.files.values()):
         # Where a tensor ends is where the next one of its file begins.
         found |= _of_file(path, read_header(path))
@@ -66,7 +66,7 @@ def _of_params(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Describes parameters as the safetensors file that they would make, so that the two can be compared."""
     found = {}
     for name, array in params_to_torch(params).items():
-        digest = hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+        digest = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
         found[name] = Tensor(_TYPES[array.dtype], array.shape, array.nbytes, digest)
     return found
 

@@ -12,6 +12,7 @@ import numpy as np
 from sbv2_jax.convert.model import Model, require_alike, save_model
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError, listed
+from sbv2_jax.models.config import ModelConfig
 
 # A UNet may be used at another size than it was made for.
 _MAY_DIFFER = ("sample_size", "upcast_attention")
@@ -74,18 +75,18 @@ def require_mergeable(models: Sequence[Model]) -> None:
         names = f"{other.name} and {first.name}"
         _require_equal(_settings(first.unet.config), _settings(other.unet.config), names)
     # A UNet on its own says nothing of its schedule.
-    schedules = [_schedule(model) for model in models if model.scheduler is not None]
+    schedules = [_schedule(model.scheduler, model.name) for model in models if model.scheduler is not None]
     for schedule in schedules[1:]:
         _require_equal(schedules[0], schedule, "the pipelines' schedules")
 
 
-def _settings(config: object) -> dict[str, object]:
+def _settings(config: ModelConfig) -> dict[str, object]:
     values = dataclasses.asdict(config)
     return {name: value for name, value in values.items() if name not in _MAY_DIFFER}
 
 
-def _schedule(model: Model) -> dict[str, object]:
-    config = ScheduleConfig.from_dict(dict(model.scheduler), model.name)
+def _schedule(scheduler: Mapping[str, Any], name: str) -> dict[str, object]:
+    config = ScheduleConfig.from_dict(dict(scheduler), name)
     return {name: getattr(config, name) for name in _SCHEDULE}
 
 

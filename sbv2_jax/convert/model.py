@@ -10,6 +10,8 @@ import numpy as np
 from sbv2_jax.convert.formats.component import Component, load_component, save_component
 from sbv2_jax.convert.formats.pipeline import component_dir, load_pipeline, save_pipeline
 from sbv2_jax.convert.formats.resolve import resolve
+from sbv2_jax.models.config import of_kind
+from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.tree import require_same
 
 
@@ -22,7 +24,7 @@ class Model:
     """
 
     name: str
-    unet: Component
+    unet: Component[UNetConfig]
     pipeline: Path | None = None
     scheduler: Mapping[str, Any] | None = None
     text_encoders: Mapping[str, Component] = dataclasses.field(default_factory=dict)
@@ -34,7 +36,9 @@ def open_model(model: str | Path) -> Model:
     Raises InputError as `resolve`, `load_component` and `load_pipeline` do.
     """
     directory = resolve(model)
-    unet = load_component(component_dir(directory, "unet"))
+    folder = component_dir(directory, "unet")
+    loaded = load_component(folder)
+    unet = Component(of_kind(loaded.config, UNetConfig, str(folder)), loaded.params)
     if not (directory / "model_index.json").exists():
         return Model(str(model), unet)
     return Model(str(model), unet, directory, load_pipeline(directory).scheduler)

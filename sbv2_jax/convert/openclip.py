@@ -38,7 +38,7 @@ CONFIG, STEM = "open_clip_config.json", "open_clip_model"
 # What files of early versions hold besides parameters.
 _NOT_READ = frozenset({"attn_mask", "context_length", "input_resolution", "vocab_size"})
 # Variants of the transformer block, and of the layer that ends a tower: all of them off.
-_PLAIN = {
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "ls_init_value": (None,),
     "final_ln_after_pool": (False,),
     "act_kwargs": (None, {}),
@@ -137,7 +137,9 @@ def find(model: str | Path, weights: str | Path | None = None) -> Path:
     return resolve(model, stems=(STEM,) if weights is None else ())
 
 
-def load(directory: Path, *, weights: str | Path | None = None) -> tuple[Component, CLIPImageConfig]:
+def load(
+    directory: Path, *, weights: str | Path | None = None
+) -> tuple[Component[CLIPConfig], CLIPImageConfig]:
     """Reads a CLIP of OpenCLIP: a directory with `open_clip_config.json` and `open_clip_model.safetensors`.
 
     `weights` is a file in place of the latter, also one of torch.save (`torch_files`), as HPSv2 is published. Raises
@@ -183,8 +185,10 @@ def read_config(path: Path) -> tuple[CLIPConfig, CLIPImageConfig]:
     Raises InputError that names the file and lists every field that is unknown or not supported.
     """
     values = read_json(path)
-    model = values.get("model_cfg")
-    towers = [model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg")]
+    model: Any = values.get("model_cfg")
+    towers: list[Any] = [
+        model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg")
+    ]
     pictures = values.get("preprocess_cfg", {})
     if not all(isinstance(one, dict) for one in (*towers, pictures)):
         raise InputError(f"{path} has no model_cfg with a vision_cfg and a text_cfg")
@@ -201,10 +205,7 @@ def read_config(path: Path) -> tuple[CLIPConfig, CLIPImageConfig]:
 
 
 def _to_transformers(both: _Model, vision: _Vision, text: _Text) -> CLIPConfig:
-    shared = {
-        "hidden_act": "quick_gelu" if both.quick_gelu else "gelu",
-        "projection_dim": both.embed_dim,
-    }
+    activation = "quick_gelu" if both.quick_gelu else "gelu"
     return CLIPConfig(
         architectures=("CLIPModel",),
         projection_dim=both.embed_dim,
@@ -219,7 +220,8 @@ def _to_transformers(both: _Model, vision: _Vision, text: _Text) -> CLIPConfig:
             bos_token_id=text.vocab_size - 2,
             eos_token_id=text.vocab_size - 1,
             pad_token_id=0,
-            **shared,
+            hidden_act=activation,
+            projection_dim=both.embed_dim,
         ),
         vision_config=CLIPVisionConfig(
             hidden_size=vision.width,
@@ -228,7 +230,8 @@ def _to_transformers(both: _Model, vision: _Vision, text: _Text) -> CLIPConfig:
             num_hidden_layers=vision.layers,
             image_size=vision.image_size,
             patch_size=vision.patch_size,
-            **shared,
+            hidden_act=activation,
+            projection_dim=both.embed_dim,
         ),
     )
 

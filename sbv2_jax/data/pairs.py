@@ -112,7 +112,7 @@ class Pairs:
             raise InputError(f"{self._name}, pair {index}: {_line(error)}") from error
         if number != index or not prompt or not np.isfinite(latent).all():
             raise InputError(f"{self._name}, pair {index}: its record is not that of this pair")
-        columns = {
+        columns: dict[str, np.ndarray | np.generic] = {
             NUMBERS: np.int32(number),
             SEEDS: np.uint32(self.manifest["seed"]),
             LATENTS: latent.astype(np.float32),

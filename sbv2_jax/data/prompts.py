@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, SupportsIndex, TypeVar
 
 import grain
+from grain.sources import RandomAccessDataSource
 
 from sbv2_jax.data import tables
 from sbv2_jax.data.columns import HOW
@@ -103,7 +104,8 @@ def _open(place: str, column: str, split: str) -> PromptSource:
 
 def open_file(path: str | os.PathLike, column: str = "") -> TextPrompts:
     """Returns the prompts of one file, of any of the `kinds`; raises InputError as `open_prompts` does."""
-    path, notes = Path(path), []
+    path = Path(path)
+    notes: list[str] = []
     again = functools.partial(open_file, path, column)
     kind = kind_of(path)
     if kind is Kind.TEXT:
@@ -173,7 +175,7 @@ def describe_cut(prompts: Sequence[str] | PromptSource, tokenizer: Tokenizer | T
     return f"{cut} of {len(some)} prompts{of} are longer than {tokenizer.max_length} tokens and are cut"
 
 
-def shuffled(source: Sequence[T], seed: int) -> grain.MapDataset[T]:
+def shuffled(source: RandomAccessDataSource[T], seed: int) -> grain.MapDataset[T]:
     """Returns a source's items without end, by random access: every epoch is a new permutation, from the seed."""
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -18,7 +19,7 @@ class RecordPrompts:
     InputError with its number when it is read.
     """
 
-    def __init__(self, files: list[Path], caption_of=None):
+    def __init__(self, files: list[Path], caption_of: Callable[[bytes], bytes] | None = None):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self._files, self._caption_of = [os.fspath(file) for file in files], caption_of
@@ -79,7 +80,7 @@ def tfds_files(path: Path, split: str) -> list[Path]:
     return files
 
 
-def tfds_caption(path: Path, column: str = "caption"):
+def tfds_caption(path: Path, column: str = "caption") -> Callable[[bytes], bytes]:
     """Returns a function from a record of this TFDS directory to one of its features; no picture is decoded."""
     import tensorflow_datasets as tfds
 

@@ -13,7 +13,7 @@ class Row(NamedTuple):
     """A row of a batch: its prompt, and its entry of each column, by name."""
 
     prompt: str
-    columns: Mapping[str, np.ndarray]
+    columns: Mapping[str, np.ndarray | np.generic]
 
 
 class RowSource(Protocol):

@@ -25,7 +25,7 @@ class SpooledPrompts(TextPrompts):
         path: Path,
         values: Iterator[tuple[str, Any]],
         notes: list[str],
-        reopen: Callable[[], "SpooledPrompts"],
+        reopen: Callable[[], TextPrompts],
     ):
         self._reopen = reopen
         self._file = tempfile.TemporaryFile(prefix="sbv2_jax_prompts_")  # noqa: SIM115 (as long as the source)

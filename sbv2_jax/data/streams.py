@@ -2,13 +2,14 @@
 
 import bz2
 import gzip
+import io
 import itertools
 import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, Literal
 
 from sbv2_jax.errors import InputError
 
@@ -19,6 +20,8 @@ HEAD = 1 << 16
 MAX_TEXT = 1 << 30
 _CHUNK = 1 << 20
 _BOM = "\ufeff"
+
+_Opener = Callable[[Path, Literal["rb"]], io.BufferedIOBase]
 
 
 def head_of(path: Path) -> bytes:
@@ -92,7 +95,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         yield text(b"".join(pieces))
 
 
-def _opener(path: Path) -> Callable[[Path, str], BinaryIO] | None:
+def _opener(path: Path) -> _Opener | None:
     try:
         with open(path, "rb") as file:
             start = file.read(6)
@@ -109,12 +112,12 @@ def _opener(path: Path) -> Callable[[Path, str], BinaryIO] | None:
     return None
 
 
-def _open_zstd(path: Path, mode: str) -> BinaryIO:
+def _open_zstd(path: Path, mode: Literal["rb"]) -> io.BufferedIOBase:
     # Python has it from 3.14 on; pyarrow brings it along.
     return pyarrow(path).input_stream(os.fspath(path), compression="zstd")
 
 
-def pyarrow(path: Path):
+def pyarrow(path: Path) -> Any:
     """Returns the pyarrow package; raises InputError, naming the file that needs it, where it is not installed."""
     try:
         import pyarrow

@@ -113,6 +113,7 @@ def _by_line(path: Path, numbered: Iterator[tuple[int, str]], column: str, notes
 def _whole(path: Path, value: Any, column: str, notes: list[str]) -> Values:
     """Reads the one value of a JSON text."""
     inside = ""
+    keys: tuple[str, ...]
     if isinstance(value, str) and not column:
         value = [value]
     if isinstance(value, dict) and not column:

@@ -7,6 +7,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class TextPrompts:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index) -> str:
+    def __getitem__(self, index: SupportsIndex) -> str:
         index = int(index)
         if not 0 <= index < self._length:
             raise IndexError(f"prompt {index} of {self._length}")
@@ -138,7 +139,7 @@ class TextPrompts:
             )
         return np.concatenate(offsets), total, digest.hexdigest()
 
-    def _chunks(self, digest) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _chunks(self, digest: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields (starts, ends, plain) of runs of whole lines, int64, int64, bool: [lines].
 
         `plain` lines need no closer look: their run is UTF-8 and they hold a printable ASCII character. The

@@ -91,7 +91,7 @@ def _typing(page: gr.Blocks, studio: Studio, prompt: str, teacher_steps: int, gu
         count: int,
         steps: float,
         scale: float,
-    ):
+    ) -> tuple[np.ndarray | None, str]:
         if not beside:
             return None, ""
         return _shown(
@@ -149,7 +149,7 @@ def _between(tab: gr.Tab, studio: Studio, prompt: str) -> None:
 
     def draw(
         model: str, first: str, second: str, seed: float, other: float, share: float, noise_share: float
-    ):
+    ) -> tuple[np.ndarray | None, str]:
         return _shown(
             lambda: studio.between(model, (first, second), (_whole(seed), _whole(other)), share, noise_share)
         )

@@ -17,5 +17,5 @@ def use_cache(directory: Path | None = None) -> None:
     They go to `directory`, or without one to `user_cache()`; JAX's own `JAX_COMPILATION_CACHE_DIR` names another
     place, and `JAX_ENABLE_COMPILATION_CACHE=0` turns it off.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # JAX declares none of them
         jax.config.update("jax_compilation_cache_dir", str(directory or user_cache()))

@@ -56,7 +56,7 @@ def join(coordinator: str | None, count: int | None, index: int | None, *, pod: 
         return False
     if missing and len(missing) < len(given):
         raise InputError(f"{', '.join(sorted(given.keys() - set(missing)))} also needs {', '.join(missing)}")
-    if count is not None and not 0 <= index < count:
+    if count is not None and index is not None and not 0 <= index < count:
         raise InputError(f"--process_id={index} is not below --num_processes={count}")
     try:
         jax.distributed.initialize(coordinator, count, index)
@@ -97,7 +97,8 @@ def ending_together() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    finished, said = threading.Event(), {}
+    finished = threading.Event()
+    said: dict[int, str] = {}
     _agreed.clear()
     threading.Thread(target=_watch, args=(finished, said), name="others", daemon=True).start()
     try:

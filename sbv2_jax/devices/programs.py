@@ -45,7 +45,9 @@ ANYWHERE = Placement()
 class Programs(Protocol):
     """What a step is written over."""
 
-    def run(self, name: str, function: Callable, *args: Any, out: Any = None, donate: tuple[int, ...] = ()):
+    def run(
+        self, name: str, function: Callable, *args: Any, out: Any = None, donate: tuple[int, ...] = ()
+    ) -> Any:
         """Returns `function(*args)`.
 
         `name` stands for the function, which closes over nothing but what is static. `out` is a tree prefix of
@@ -65,7 +67,9 @@ class Programs(Protocol):
 class Inline:
     """Everything in one program, that of the caller."""
 
-    def run(self, name: str, function: Callable, *args: Any, out: Any = None, donate: tuple[int, ...] = ()):
+    def run(
+        self, name: str, function: Callable, *args: Any, out: Any = None, donate: tuple[int, ...] = ()
+    ) -> Any:
         """Calls the function, and lays its result out."""
         return _prefixed(
             lambda sharding, part: jax.lax.with_sharding_constraint(part, sharding), out, function(*args)
@@ -111,7 +115,9 @@ class Separate:
         self._programs: dict[str, Future[jax.stages.Compiled]] = {}
         self._results: dict[str, Any] = {}
 
-    def run(self, name: str, function: Callable, *args: Any, out: Any = None, donate: tuple[int, ...] = ()):
+    def run(
+        self, name: str, function: Callable, *args: Any, out: Any = None, donate: tuple[int, ...] = ()
+    ) -> Any:
         """Runs the stage's program, or compiles it, or returns the shapes of one that was compiled before."""
         leaves = jax.tree.leaves(args)
         if not leaves:

@@ -9,11 +9,11 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sbv2_jax.devices.programs import Placement
 from sbv2_jax.devices.rules import DEFAULT_RULES
@@ -28,6 +28,9 @@ SMALLEST_SPLIT = 2**14
 # (pattern, strategy), first match wins. A strategy is "replicate", or the axes, joined by "+", over which the
 # largest dimension that they divide is split.
 Rules = Sequence[tuple[str, str]]
+
+# Of devices, or of numbers of them alone.
+AnyMesh = TypeVar("AnyMesh", bound=Mesh | AbstractMesh, covariant=True)
 
 
 def make_mesh(replica: int, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -62,13 +65,13 @@ def make_mesh(replica: int, data: int, fsdp: int, devices: Sequence[jax.Device] 
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(Generic[AnyMesh]):
     """Where everything of a run lies; `state` and `frozen` are pytrees of what is placed, for their shapes.
 
     Raises InputError that lists every leaf without a rule, and every rule without a leaf.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     rules: Rules
     state_shapes: Any
     frozen_shapes: Any
@@ -121,7 +124,7 @@ class Layout:
         return matches(self._named, self.rules)
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> Any:
     """Returns a sharding for every leaf of a pytree of arrays or shapes.
 
     Raises InputError that lists every leaf that no rule matches.
@@ -142,12 +145,12 @@ def matches(tree: Any, rules: Rules = DEFAULT_RULES) -> dict[str, int]:
     return counts
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a batch: the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def batches_sharding(mesh: Mesh) -> NamedSharding:
+def batches_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of several batches, stacked: the axis after the leading one over all devices."""
     return NamedSharding(mesh, PartitionSpec(None, AXES))
 
@@ -163,15 +166,20 @@ def bytes_per_device(tree: Any, tree_shardings: Any) -> int:
 
 
 def _strategies(names: list[str], rules: Rules) -> list[str]:
-    found = [
-        next((strategy for pattern, strategy in rules if re.fullmatch(pattern, name)), None) for name in names
-    ]
-    if unmatched := [name for name, strategy in zip(names, found, strict=True) if strategy is None]:
+    found: list[str] = []
+    unmatched: list[str] = []
+    for name in names:
+        strategy = next((strategy for pattern, strategy in rules if re.fullmatch(pattern, name)), None)
+        if strategy is None:
+            unmatched.append(name)
+        else:
+            found.append(strategy)
+    if unmatched:
         raise InputError(f"no sharding rule matches {', '.join(unmatched)}")
     return found
 
 
-def _spec(strategy: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(strategy: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     if strategy == "replicate":
         return PartitionSpec()
     axes = tuple(strategy.split("+"))

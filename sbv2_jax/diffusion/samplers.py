@@ -65,7 +65,9 @@ def sample(
         timesteps = dpm_timesteps(schedule.num_timesteps, steps, spacing or "linspace", schedule.steps_offset)
         table = _dpm_table(schedule, timesteps)
 
-    def step(carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, ...]):
+    def step(
+        carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, x0_before = carry
         timestep, keep, data, previous = row
         x0 = x0_at(denoise, schedule, x, jnp.full(x.shape[:1], timestep, jnp.int32), dtype)
@@ -113,7 +115,7 @@ def few_steps(
     sigma = jnp.append(jnp.asarray(schedule.sigma)[jnp.asarray(following)], 0.0)
     later = jnp.concatenate([jnp.moveaxis(again, 1, 0), jnp.zeros_like(noise)[None]])
 
-    def step(x: jax.Array, row: tuple[jax.Array, ...]):
+    def step(x: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         timestep, a, s, own = row
         x0 = x0_at(denoise, schedule, x, jnp.full(x.shape[:1], timestep, jnp.int32), dtype)
         return a * x0 + s * own, None
@@ -159,7 +161,7 @@ def guided(
     apply: Callable[[jax.Array, jax.Array, Any], jax.Array],
     conditional: Any,
     unconditional: Any,
-    scale: float,
+    scale: float | jax.Array,
 ) -> Denoise:
     """Returns a `denoise` with classifier-free guidance that calls the network once, on a batch of 2 B.
 

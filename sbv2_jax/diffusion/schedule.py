@@ -151,7 +151,7 @@ class ScheduleConfig:
 
         Raises InputError that names the source and lists every unknown field and unsupported value.
         """
-        class_name = values.get("_class_name")
+        class_name: Any = values.get("_class_name")
         if reason := why_refused(values, cls.CLASSES, PREDICTION_TYPES):
             raise InputError(f"{source}: {reason}")
         known = {field.name for field in dataclasses.fields(cls) if not field.metadata}
@@ -352,7 +352,7 @@ def coefficients(schedule: Schedule, t: jax.Array, *arrays: jax.Array) -> tuple[
     if t.shape != shape[:1]:
         raise ValueError(f"timesteps of shape {shape[:1]} expected, got {t.shape}")
 
-    def gather(values: jax.Array) -> jax.Array:
+    def gather(values: jax.Array | np.ndarray) -> jax.Array:
         # NaN outside the range: JAX would clamp the index and go on with a wrong coefficient.
         taken = jnp.asarray(values).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return taken.reshape(-1, *(1,) * (len(shape) - 1))
@@ -372,7 +372,7 @@ def _unchanged(schedule: Schedule, output: jax.Array, x_t: jax.Array, t: jax.Arr
     return output
 
 
-def _require_float32(*arrays: jax.Array) -> None:
+def _require_float32(*arrays: jax.Array | np.ndarray) -> None:
     for array in arrays:
         if array.dtype != jnp.float32:
             raise TypeError(f"schedule arithmetic is float32 only, got {array.dtype}: cast it explicitly")

@@ -23,7 +23,7 @@ from sbv2_jax.distill.player import Player
 from sbv2_jax.distill.random_numbers import keys_of_step, keys_of_update
 from sbv2_jax.distill.state import Frozen, TrainState
 from sbv2_jax.distill.student import Start
-from sbv2_jax.distill.terms.term import Given, Term
+from sbv2_jax.distill.terms.term import Given, Prepare, Term
 from sbv2_jax.models.conditions import Text
 from sbv2_jax.tree import Params
 
@@ -76,7 +76,8 @@ def started(method: Method, batch: Batch, noise: StudentNoise) -> StudentNoise:
     z = noise.z
     for term in method.terms:
         if term.rows is not None:
-            z = term.start(batch, z)
+            # Of a student of several steps it is a `Start`: of the package's terms none with rows goes with one.
+            z = term.start(batch, z)  # type: ignore[arg-type]
     return noise._replace(z=z)
 
 
@@ -157,7 +158,9 @@ def pull(
     """
     passes = max(term.passes for term in method.terms)
 
-    def loss(x: jax.Array, conditions: Conditions, noise: dict[str, Any], prepared: dict[str, Any]):
+    def loss(
+        x: jax.Array, conditions: Conditions, noise: dict[str, Any], prepared: dict[str, Any]
+    ) -> tuple[jax.Array, Metrics]:
         weighted, metrics = [], {}
         for term in method.terms:
             own = (part.get(term.name) for part in (noise, conditions.encoded, prepared))
@@ -190,12 +193,14 @@ def student_gradient(
     student, text = method.student, conditions.text
     params = {name: player.params for name, player in state.players.items()}
 
-    def forward(trained: Params, frozen: Frozen, x: jax.Array, text: Text, t: jax.Array | None):
+    def forward(
+        trained: Params, frozen: Frozen, x: jax.Array, text: Text, t: jax.Array | None
+    ) -> tuple[jax.Array, Callable]:
         return jax.vjp(lambda trained: student.forward(trained, frozen, x, text, t), trained)
 
-    def prepare_of(term: Term) -> Callable:
+    def prepare_of(own: Prepare) -> Callable:
         def prepare(step, params, frozen, x, text, noise, encoded):
-            return term.prepare(Given(step, params, frozen, text, noise, encoded), x)
+            return own(Given(step, params, frozen, text, noise, encoded), x)
 
         return prepare
 
@@ -207,7 +212,7 @@ def student_gradient(
     prepared = {
         term.name: programs.run(
             f"{term.name} prepare",
-            prepare_of(term),
+            prepare_of(term.prepare),
             *(state.step, params, frozen, x, text, noise.terms[term.name], conditions.encoded[term.name]),
             out=place.batch,
         )
@@ -236,7 +241,7 @@ def follower_gradient(
 ) -> tuple[Params, Metrics]:
     """Returns the gradient of a follower's mean loss on the samples x to its parameters, and the loss."""
 
-    def forward(params: Params, *others: Any):
+    def forward(params: Params, *others: Any) -> tuple[jax.Array, Callable]:
         return jax.vjp(lambda params: jnp.mean(player.forward(params, *others)), params)
 
     value, backward = programs.run(

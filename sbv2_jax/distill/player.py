@@ -14,6 +14,7 @@ from sbv2_jax.distill.random_numbers import NamedKeys
 from sbv2_jax.distill.state import Frozen
 from sbv2_jax.models import lora
 from sbv2_jax.models.conditions import Text
+from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.part import Part
 from sbv2_jax.models.registry import build
@@ -30,7 +31,7 @@ class Setting:
     with the run's settings. `players` are those that are built already.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Part[ModelConfig]]
     schedules: Mapping[str, Schedule]
     latent_shape: tuple[int, int, int]
     compute_dtype: jnp.dtype
@@ -52,7 +53,7 @@ class Player:
     network: Network
     schedule: Schedule
     optimizer: optax.GradientTransformation
-    part: Part | None = None
+    part: Part[ModelConfig] | None = None
     base: str | None = None
     lora_scale: float = 1.0
     seed_offset: int = 0
@@ -70,9 +71,16 @@ class Player:
         return self.network.shapes if self.base is None else lora.base_and_factors(self.network.shapes)[1]
 
     @property
-    def frozen_parts(self) -> dict[str, Part]:
+    def source(self) -> Part[ModelConfig]:
+        """What it starts from; raises ValueError for one that was built of a network alone."""
+        if self.part is None:
+            raise ValueError(f"the player {self.name!r} has no `part`")
+        return self.part
+
+    @property
+    def frozen_parts(self) -> dict[str, Part[ModelConfig]]:
         """The frozen network under its LoRA, if it is one, by the name that `Frozen` has for it."""
-        return {} if self.base is None else {self.base: self.part}
+        return {} if self.base is None else {self.base: self.source}
 
     def weights(self, params: Params, frozen: Frozen) -> Params:
         """Returns all parameters of the network in the compute dtype."""
@@ -87,7 +95,7 @@ class Player:
         raise NotImplementedError
 
 
-def with_lora(part: Part, execution: Execution, targets: str, rank: int) -> Network:
+def with_lora(part: Part[ModelConfig], execution: Execution, targets: str, rank: int) -> Network:
     """Returns the network of a component with a LoRA on every dense layer that the regular expression matches."""
     return Network(
         lambda rngs: lora.attach(build(part.config, rngs, execution=execution), targets, rank, rngs)

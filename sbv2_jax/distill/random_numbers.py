@@ -13,7 +13,7 @@ NamedKeys = Callable[[str], jax.Array]
 _FIRST = ("student/z", "vsd/noise", "vsd/t", "score/noise", "score/t", "score/null")
 
 
-def keys_of_step(root: jax.Array, step: jax.Array) -> Callable[[str], NamedKeys]:
+def keys_of_step(root: jax.Array, step: jax.Array | int) -> Callable[[str], NamedKeys]:
     """Returns, for the name of a term or player, its keys by name; `root` is the run's raw key, uint32 [2].
 
     They depend on the root key, the step and the two names alone: not on the mesh, nor on what else is trained.

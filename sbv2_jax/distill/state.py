@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +46,14 @@ class TrainState:
         return self.players["student"].params
 
     def tree_flatten_with_keys(self):
-        named = {"step": self.step, "key": self.key}
+        named: dict[str, Any] = {"step": self.step, "key": self.key}
         for name, player in self.players.items():
             named |= {name: player.params, f"{name}_opt": player.opt}
             named.setdefault("ema", self.ema)  # beside the student, which is the first
         return [(GetAttrKey(name), child) for name, child in named.items()], tuple(self.players)
 
     @classmethod
-    def tree_unflatten(cls, names: tuple[str, ...], children: Any):
+    def tree_unflatten(cls, names: tuple[str, ...], children: Any) -> Self:
         step, key, student, student_opt, ema, *players = children
         players = [student, student_opt, *players]
         pairs = zip(players[::2], players[1::2], strict=True)

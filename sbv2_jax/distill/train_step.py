@@ -45,7 +45,7 @@ def make_train_step(method: Method, place: Placement = ANYWHERE, programs: Progr
     Every metric is a float32 scalar.
     """
 
-    def begin(key: jax.Array, step: jax.Array, frozen: Frozen, batch: Batch):
+    def begin(key: jax.Array, step: jax.Array, frozen: Frozen, batch: Batch) -> tuple[Any, ...]:
         noise, others = random_numbers(method, key, step, batch["input_ids"].shape[0])
         counts = {player.name: player.updates - 1 for player in method.followers if player.updates > 1}
         keys = {name: keys_of_updates(key, step, count) for name, count in counts.items()}
@@ -62,7 +62,9 @@ def make_train_step(method: Method, place: Placement = ANYWHERE, programs: Progr
             batch,
             out=(place.batch, place.batch, place.batch, place.whole, place.batches),
         )
-        followers, fresh, own = dict(state.players), {}, {}
+        followers = dict(state.players)
+        fresh: Metrics = {}
+        own: Metrics = {}
         followers.pop(method.student.name)
         for player in method.followers:
             if player.name in keys:
@@ -73,7 +75,9 @@ def make_train_step(method: Method, place: Placement = ANYWHERE, programs: Progr
                 fresh |= found
         current = dataclasses.replace(state, players={**state.players, **followers})
 
-        def student_pass(conditions: Conditions, noise: StudentNoise):
+        def student_pass(
+            conditions: Conditions, noise: StudentNoise
+        ) -> tuple[tuple[Params, Metrics], jax.Array]:
             grads, x, metrics = student_gradient(method, current, frozen, conditions, noise, programs, place)
             return (grads, metrics), x
 
@@ -137,7 +141,7 @@ def _followed(
 ) -> tuple[PlayerState, Metrics]:
     """Returns a follower after an update on the samples x, and the metrics of it."""
 
-    def one_pass(x: jax.Array, text: Text, noise: Any):
+    def one_pass(x: jax.Array, text: Text, noise: Any) -> tuple[tuple[Params, Metrics], tuple]:
         return follower_gradient(player, state.params, frozen, x, text, noise, programs, place), ()
 
     (grads, metrics), _ = programs.average(player.name, one_pass, accumulate, (x, text, noise))

@@ -125,7 +125,10 @@ def digest(*values: Any) -> str:
 
 
 def _write(path: Path, seen: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    arrays = {f"{label}/{name}": array for label, columns in seen.items() for name, array in columns.items()}
+    # Any, for savez has arguments of other types too.
+    arrays: dict[str, Any] = {
+        f"{label}/{name}": array for label, columns in seen.items() for name, array in columns.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)

@@ -16,6 +16,7 @@ from sbv2_jax.data.prompts import open_prompts, places
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate import resize
 from sbv2_jax.evaluate.extractors import EXTRACTORS
+from sbv2_jax.evaluate.extractors.extractor import Extractor
 from sbv2_jax.evaluate.extractors.image_text import open_image_text
 from sbv2_jax.evaluate.metrics import METRICS
 from sbv2_jax.evaluate.metrics.hpsv2 import HPSv2
@@ -52,7 +53,7 @@ def coco30k_sbv2(
     whose red and blue are exchanged, which is `official_bgr`. `weights` gives the path of each network by its name.
     """
     inception = weights.get("inception")
-    extra = ()
+    extra: tuple[Panel, ...] = ()
     if inception:
         extra = (
             Panel(
@@ -222,7 +223,7 @@ def _dinov2(path: str) -> Panel:
 _PANELS = {"inception": _inception, "clip": _clip, "cmmd": _cmmd, "dinov2": _dinov2}
 
 
-def _exchanged(path: str):
+def _exchanged(path: str) -> Extractor:
     """Opens Inception with its own resize, of pictures whose red and blue are exchanged."""
 
     def exchanged(picture: np.ndarray, side: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from sbv2_jax.evaluate.features import shown_path
 from sbv2_jax.evaluate.html_page import html_page, html_table, inline
 from sbv2_jax.evaluate.intervals import Interval
 from sbv2_jax.evaluate.measure import Comparison, Evaluation, Row
+from sbv2_jax.evaluate.verdict import Verdict
 from sbv2_jax.generate.pictures import grid
 
 _PACKAGES = ("jax", "flax", "numpy", "pillow")
@@ -88,7 +89,7 @@ def table(evaluation: Evaluation) -> str:
             lines.append("  ".join((first, *others)))
         lines.append("")
     lines += [f"not measured: {line}" for line in evaluation.protocol.absent]
-    lines += [_sentence(one) for one in evaluation.comparisons if one.verdict]
+    lines += [_sentence(one, one.verdict) for one in evaluation.comparisons if one.verdict]
     return "\n".join(lines)
 
 
@@ -146,7 +147,9 @@ def _title(row: Row) -> str:
 def _short(interval: Interval | None) -> str:
     if interval is None:
         return "-"
-    half = "" if interval.low is None else f" ±{(interval.high - interval.low) / 2:.2g}"
+    half = (
+        "" if interval.low is None or interval.high is None else f" ±{(interval.high - interval.low) / 2:.2g}"
+    )
     return f"{interval.value:.4g}{half}"
 
 
@@ -158,9 +161,9 @@ def _text(interval: Interval | None) -> str:
     return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
 
-def _sentence(one: Comparison) -> str:
-    why = f" ({'; '.join(one.verdict.reasons)})" if one.verdict.reasons else ""
-    return f"{one.name} {one.verdict.word} against {one.rival}{why}"
+def _sentence(one: Comparison, found: Verdict) -> str:
+    why = f" ({'; '.join(found.reasons)})" if found.reasons else ""
+    return f"{one.name} {found.word} against {one.rival}{why}"
 
 
 def _html_table(evaluation: Evaluation, label: str) -> str:
@@ -197,7 +200,7 @@ def _html_comparison(one: Comparison) -> str:
         if any(interval.low is not None for interval in deltas)
     )
     head = ("difference", *("" if seed is None else f"seed {seed}" for seed in one.seeds))
-    said = _sentence(one) if one.verdict else f"{one.name} minus {one.rival}"
+    said = _sentence(one, one.verdict) if one.verdict else f"{one.name} minus {one.rival}"
     return f"<details><summary>{html.escape(said)}</summary>{html_table(rows, head)}</details>"
 
 

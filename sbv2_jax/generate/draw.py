@@ -82,13 +82,13 @@ def draw(
         "prompts": hashlib.sha256(json.dumps(given).encode()).hexdigest(),
         "num": num,
         "seed": seed,
-        "noise": None if noise is None else hashlib.sha256(noise).hexdigest(),
+        "noise": None if noise is None else hashlib.sha256(noise.data).hexdigest(),
         "steps": steps,
         "guidance": guidance if is_guided(guidance) else 1.0,
         "sampler": sampler,
     }
     # Not among them where they are not asked for: directories from before there were these go on.
-    asked = {"height": height, "width": width}
+    asked: dict[str, Any] = {"height": height, "width": width}
     if negative_prompt.strip():
         asked["negative_prompt"] = negative_prompt
         asked["negative_scale"] = None if is_guided(guidance) else negative_scale
@@ -104,7 +104,7 @@ def draw(
         logging.warning(line)
     names = [path / f"{index:05d}.png" for index in range(len(texts))]
     todo = [index for index in range(len(texts)) if one_file or not names[index].exists()]
-    pictures = []
+    pictures: list[np.ndarray] = []
     with PngWriter() as files:
         for start in tqdm(range(0, len(todo), batch_size), unit="batch", disable=len(todo) <= batch_size):
             indices = todo[start : start + batch_size]

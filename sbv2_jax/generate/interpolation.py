@@ -38,8 +38,8 @@ def between_texts(first: Text, second: Text, shares: jax.Array) -> Text:
 
     What SDXL is told of the picture's size is that of the first.
     """
-    context = slerp(first.context, second.context, shares[:, None])
-    if first.added is None:
+    context = slerp(first.plain, second.plain, shares[:, None])
+    if first.added is None or second.added is None:
         return Text(context)
     pooled = slerp(first.added.text_embeds, second.added.text_embeds, shares)
     sizes = jnp.broadcast_to(first.added.time_ids, (len(shares), first.added.time_ids.shape[-1]))

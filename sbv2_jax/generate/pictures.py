@@ -41,7 +41,7 @@ class PngWriter:
         self._pool = ThreadPoolExecutor(thread_name_prefix="png")
         self._writing: list[Future] = []
 
-    def write(self, paths: Sequence[Path], pictures: Sequence[np.ndarray]) -> None:
+    def write(self, paths: Sequence[Path], pictures: Sequence[np.ndarray] | np.ndarray) -> None:
         """Begins to write a batch, after the one before is written."""
         self._wait()
         self._writing = [self._pool.submit(save_png, *each) for each in zip(paths, pictures, strict=True)]

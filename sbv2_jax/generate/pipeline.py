@@ -34,7 +34,7 @@ from sbv2_jax.models import attention
 from sbv2_jax.models.conditions import TextEncoder, join_towers, split_towers
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair
-from sbv2_jax.models.unet import Execution
+from sbv2_jax.models.unet import Execution, UNetConfig
 from sbv2_jax.models.vae import VAEConfig
 from sbv2_jax.tree import Params, cast
 
@@ -55,9 +55,9 @@ class Pipeline:
 
         Raises InputError as `draw` does.
         """
-        if isinstance(prompts, str):
-            return self([prompts], **settings)[0]
-        return [Image.fromarray(picture) for picture in self.draw(prompts, **settings)]
+        several = [prompts] if isinstance(prompts, str) else prompts
+        pictures = [Image.fromarray(picture) for picture in self.draw(several, **settings)]
+        return pictures[0] if isinstance(prompts, str) else pictures
 
     def draw(
         self,
@@ -92,24 +92,27 @@ class Pipeline:
         check_numbers(seed=seed, steps=steps, guidance=guidance, negative_scale=negative_scale)
         steps, sampler = self.settled(steps, sampler)
         indices = range(len(prompts)) if indices is None else indices
-        latents, again = self.latents_of(height, width), None
+        latents = self.latents_of(height, width)
         shape = (len(prompts), *latents)
+        start: np.ndarray | jax.Array
+        again: np.ndarray | jax.Array | None = None
         if noise is None:
-            noise = initial_noise(seed, indices, latents)
+            start = initial_noise(seed, indices, latents)
         else:
             wanted = shape if noise.ndim == 4 or sampler != "lcm" else (shape[0], steps, *shape[1:])
             if noise.shape != wanted or noise.dtype != np.float32 or not np.isfinite(noise).all():
                 raise InputError(
                     f"noise is {noise.dtype} {noise.shape}: finite float32 {wanted} is expected, one for each prompt"
                 )
+            start = noise
             if noise.ndim > 4:
-                noise, again = noise[:, 0], noise[:, 1:]
+                start, again = noise[:, 0], noise[:, 1:]
         if sampler == "lcm" and again is None:
             again = further_noise(seed, indices, latents, steps - 1)
         tokens = self.tokenizer.encode
         negative_ids = tokens([negative_prompt] * len(prompts)) if negative_prompt.strip() else None
         # What is None is no input of the program; the strengths are, so that all of them share one.
-        rows = (tokens(prompts), noise, again, negative_ids)
+        rows = (tokens(prompts), start, again, negative_ids)
         strengths = {
             "guidance": np.float32(guidance) if is_guided(guidance) else None,
             "negative_scale": None
@@ -157,7 +160,7 @@ class Pipeline:
         Raises InputError for a size in pixels that the networks do not draw.
         """
         scale = self.generator.text_encoder.downsampling
-        unit = scale * 2 ** (len(self.parts.configs["unet"].block_out_channels) - 1)
+        unit = scale * 2 ** (len(self.parts.unet.block_out_channels) - 1)
         sides = list(self.latent_shape[:2])
         for place, (name, pixels) in enumerate((("height", height), ("width", width))):
             if pixels is None:
@@ -165,7 +168,7 @@ class Pipeline:
             if not _is_whole(pixels) or pixels < unit or pixels % unit:
                 raise InputError(f"{name}={pixels!r}: a multiple of {unit} pixels is expected")
             sides[place] = pixels // scale
-        return (*sides, self.latent_shape[2])
+        return sides[0], sides[1], self.latent_shape[2]
 
     def _batch(self, rows: np.ndarray | jax.Array | None) -> np.ndarray | jax.Array | None:
         """Fills up a batch to one of few sizes, so that few programs draw all, and splits it over the devices."""
@@ -211,7 +214,7 @@ class Pipeline:
             text = encode(self.generator, params, input_ids, self.latent_shape)
             first, second = (jax.tree.map(lambda leaf, end=end: leaf[end : end + 1], text) for end in (0, 1))
             text = between_texts(first, second, shares)
-            noise = between_noises(*ends, noise_shares)
+            noise = between_noises(ends[0], ends[1], noise_shares)
             return decode(
                 self.generator, params.vae, denoised(self.generator, params, text, text, noise, again)
             )
@@ -271,7 +274,7 @@ def ready(
     parts: PipelineParts,
     name: str,
     *,
-    unet: Component | None = None,
+    unet: Component[UNetConfig] | None = None,
     schedule: ScheduleConfig | None = None,
     dtype: Any = jnp.float32,
 ) -> Pipeline:
@@ -279,7 +282,7 @@ def ready(
 
     `name` is for messages. Raises InputError as `load` does.
     """
-    config, vae = unet.config if unet else parts.configs["unet"], parts.configs["vae"]
+    config, vae = unet.config if unet else parts.unet, parts.vae
     if config.sample_size is None:
         raise InputError(f"{name}: unet/config.json does not say a sample_size: write it, the latents' side")
     factor = 2 ** (len(config.block_out_channels) - 1)
@@ -294,7 +297,7 @@ def ready(
         unet=network(config, execution=Execution(core=core)),
         schedule=make_schedule(schedule or parts.schedule_config),
         text_encoder=TextEncoder(
-            {name: network(parts.configs[name]) for name in parts.text_encoders},
+            {name: network(tower) for name, tower in parts.towers.items()},
             downsampling=vae.downsampling,
             zero_null=parts.zero_null,
         ),

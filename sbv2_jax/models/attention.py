@@ -20,7 +20,13 @@ Core = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, heads: int, *, core: Core | None = None, causal=False
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    heads: int,
+    *,
+    core: Core | None = None,
+    causal: bool = False,
 ) -> jax.Array:
     """Multi-head scaled dot-product attention.
 
@@ -106,7 +112,12 @@ class Splash(Kernel):
 def _splash_kernel(tokens: int, heads: int, interpret: bool) -> Callable:
     block = next(size for size in (_BLOCK, 256, 128) if tokens % size == 0)
     sizes = splash_attention.BlockSizes(
-        **{f"block_{name}": block for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
     mask = splash_attention.MultiHeadMask([splash_attention.FullMask((tokens, tokens))] * heads)
     return splash_attention.make_splash_mha(

@@ -301,7 +301,7 @@ def without_influence(class_name: str, name: str) -> bool:
 
     A whole CLIP's file serves as a text tower's too: its other tower and what joins the two is not asked for.
     """
-    others = ("vision_model.", "visual_projection.", "logit_scale")
+    others: tuple[str, ...] = ("vision_model.", "visual_projection.", "logit_scale")
     if class_name == "CLIPTextModel":
         others += ("text_projection",)
     return class_name.startswith("CLIPText") and name.startswith(others)

@@ -27,6 +27,13 @@ class Text(NamedTuple):
     context: Context
     added: AddedConditions | None = None
 
+    @property
+    def plain(self) -> jax.Array:
+        """The context; raises ValueError where it is `Steered`."""
+        if isinstance(self.context, Steered):
+            raise ValueError("a context that is steered is not steered again, nor mixed with another")
+        return self.context
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextEncoder:
@@ -80,7 +87,7 @@ class TextEncoder:
 
 def steered(text: Text, away: Text, scale: jax.Array | float) -> Text:
     """Returns conditions of a prompt that keep away from those of another, as `Steered` has it."""
-    return text._replace(context=Steered(text.context, away.context, jnp.asarray(scale)))
+    return text._replace(context=Steered(text.plain, away.plain, jnp.asarray(scale)))
 
 
 def like(null: Text, text: Text) -> Text:

@@ -1,7 +1,7 @@
 """Reading a network's `config.json` strictly: a field that the code does not support is an error."""
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from sbv2_jax.diffusion.file_fields import as_declared, hashable, is_neutral
 from sbv2_jax.errors import InputError, listed
@@ -49,6 +49,40 @@ class ModelConfig:
         """Returns the values to write back, `_class_name` and the fixed fields included."""
         fixed = {name: allowed[0] for name, allowed in self.FIXED.items()}
         return {"_class_name": self.CLASS_NAME, **fixed, **dataclasses.asdict(self)}
+
+
+C = TypeVar("C", bound=ModelConfig)
+# Of what holds a configuration: that of one kind of network is one of any.
+Kind = TypeVar("Kind", bound=ModelConfig, covariant=True)
+
+
+def of_kind(config: ModelConfig, kind: type[C], source: str) -> C:
+    """Returns a configuration that is to be of this kind; raises InputError, beginning with the source, for another."""
+    if not isinstance(config, kind):
+        raise InputError(f"{source} holds a {type(config).__name__}, a {kind.__name__} is expected")
+    return config
+
+
+class AutoencoderConfig(ModelConfig):
+    """What the configurations of autoencoders have in common.
+
+    Callers multiply latents by `scaling_factor` after `encode` and divide by it before `decode`.
+    """
+
+    @property
+    def latent_channels(self) -> int:
+        """The channels of a latent."""
+        raise NotImplementedError
+
+    @property
+    def scaling_factor(self) -> float:
+        """By which latents are multiplied."""
+        raise NotImplementedError
+
+    @property
+    def downsampling(self) -> int:
+        """The number of pixels on the side of one latent."""
+        raise NotImplementedError
 
 
 # What transformers 4 wrote into every config.json: text generation, labels, training. No network here reads any of it.

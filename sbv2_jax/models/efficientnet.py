@@ -73,7 +73,7 @@ class DepthwiseConv(Module):
         pads = [(b, max(e - n - b, 0)) for b, e, n in zip(before, ends, x.shape[1:3], strict=True)]
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
         # A sum of shifted pictures: XLA's grouped convolutions take many times as long on a CPU.
-        return sum(
+        return sum(  # type: ignore[return-value]  # there is one term at least
             x[:, i : i + ends[0] - side + 1 : stride, j : j + ends[1] - side + 1 : stride]
             * kernel[i, j].reshape(1, 1, 1, -1)
             for i in range(side)

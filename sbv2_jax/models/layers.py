@@ -20,16 +20,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def shape_only(_: None, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
+def shape_only(_: None, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Stands for the initialiser of a parameter: layers are built for their shapes alone.
 
     The values come from a checkpoint or from `Network.init`. Without a value to trace, a network of Stable
     Diffusion's size is built in a fraction of the time.
     """
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-_NORM_INIT = {"scale_init": shape_only, "bias_init": shape_only}
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[return-value]  # an array before each call
 
 
 class LoRAScale(nnx.Variable):
@@ -63,7 +60,7 @@ class Linear(NoPytree, nnx.Linear):
         )
         self.lora: LoRA | None = nnx.data(None)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # the mesh's axes are automatic
         y = super().__call__(x)
         return y if self.lora is None else y + self.lora(x)
 
@@ -88,13 +85,16 @@ class Conv(NoPytree, nnx.Conv):
         rngs: nnx.Rngs,
     ):
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        pads = [side // 2 if padding is None else padding for side in sides]
+        pads: Literal["SAME"] | tuple[tuple[int, int], ...] = "SAME"
+        if padding != "SAME":
+            each = [side // 2 if padding is None else padding for side in sides]
+            pads = tuple((pad, pad) for pad in each)
         super().__init__(
             in_channels,
             out_channels,
             sides,
             strides=(stride, stride),
-            padding="SAME" if padding == "SAME" else tuple((pad, pad) for pad in pads),
+            padding=pads,
             feature_group_count=groups,
             use_bias=use_bias,
             kernel_init=shape_only,
@@ -116,14 +116,29 @@ class GroupNorm(NoPytree, nnx.GroupNorm):
 
     def __init__(self, groups: int, channels: int, epsilon: float, rngs: nnx.Rngs):
         # The fast variance E[x^2] - E[x]^2 cancels where the mean is large, as it is deep in these networks.
-        super().__init__(channels, groups, epsilon=epsilon, use_fast_variance=False, **_NORM_INIT, rngs=rngs)
+        super().__init__(
+            channels,
+            groups,
+            epsilon=epsilon,
+            use_fast_variance=False,
+            scale_init=shape_only,
+            bias_init=shape_only,
+            rngs=rngs,
+        )
 
 
 class LayerNorm(NoPytree, nnx.LayerNorm):
     """Layer normalisation over the last axis with float32 statistics."""
 
     def __init__(self, channels: int, epsilon: float, rngs: nnx.Rngs):
-        super().__init__(channels, epsilon=epsilon, use_fast_variance=False, **_NORM_INIT, rngs=rngs)
+        super().__init__(
+            channels,
+            epsilon=epsilon,
+            use_fast_variance=False,
+            scale_init=shape_only,
+            bias_init=shape_only,
+            rngs=rngs,
+        )
 
 
 class BatchNorm(Module):

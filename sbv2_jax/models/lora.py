@@ -6,6 +6,8 @@ so teacher and score model, or any number of LoRAs, share one base array tree.
 
 import re
 import zlib
+from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,9 @@ from flax import nnx
 
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.layers import Linear, LoRA
-from sbv2_jax.tree import Params, Shapes
+from sbv2_jax.tree import Arrays, Params, Shapes
+
+T = TypeVar("T")
 
 _INFIX = ".lora."
 
@@ -44,7 +48,7 @@ def is_lora(name: str) -> bool:
     return _INFIX in name
 
 
-def base_and_factors(params: Params | Shapes) -> tuple[Params | Shapes, Params | Shapes]:
+def base_and_factors(params: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
     """Returns the parameters of the base and, apart from them, the factors of its LoRA."""
     base = {name: leaf for name, leaf in params.items() if not is_lora(name)}
     return base, {name: leaf for name, leaf in params.items() if is_lora(name)}
@@ -66,7 +70,7 @@ def fresh_factors(shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
     return {name: factor(name, shape.shape) for name, shape in shapes.items() if is_lora(name)}
 
 
-def merge(base: Params, lora: Params, scale: float) -> Params:
+def merge(base: Params, lora: Arrays, scale: float) -> Params:
     """Returns the base with `scale * down @ up` added to each kernel, in float32, in the base's dtypes.
 
     `scale` is alpha / rank. In bfloat16 most entries would not move for a small update.
@@ -85,6 +89,6 @@ def merge(base: Params, lora: Params, scale: float) -> Params:
     return merged
 
 
-def update(down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
+def update(down: jax.Array | np.ndarray, up: jax.Array | np.ndarray, scale: float) -> jax.Array:
     """Returns what a LoRA adds to a kernel, `scale * down @ up`, in full precision."""
     return scale * jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)

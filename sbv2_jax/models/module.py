@@ -13,7 +13,7 @@ class NoPytree:
     """
 
     def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(pytree=False, **kwargs)
+        super().__init_subclass__(pytree=False, **kwargs)  # type: ignore[call-arg]  # that of nnx.Pytree
 
 
 class Module(NoPytree, nnx.Module):

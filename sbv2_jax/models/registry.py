@@ -1,7 +1,7 @@
 """Which configuration and which network a `config.json` names."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -14,7 +14,7 @@ from sbv2_jax.models.clip import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
 )
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.config import ModelConfig, TransformersConfig
 from sbv2_jax.models.dinov2 import Dinov2Config, Dinov2Model
 from sbv2_jax.models.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from sbv2_jax.models.inception import InceptionConfig, InceptionV3
@@ -23,7 +23,7 @@ from sbv2_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from sbv2_jax.models.unet import PLAIN, Execution, UNet2DConditionModel, UNetConfig
 from sbv2_jax.models.vae import AutoencoderKL, VAEConfig
 
-_CLASSES: dict[str, tuple[type[ModelConfig], type[nnx.Module]]] = {
+_CLASSES: dict[str, tuple[type[ModelConfig], Callable[..., nnx.Module]]] = {
     "UNet2DConditionModel": (UNetConfig, UNet2DConditionModel),
     "AutoencoderKL": (VAEConfig, AutoencoderKL),
     "AutoencoderTiny": (TinyVAEConfig, AutoencoderTiny),
@@ -70,7 +70,7 @@ def class_of(config: ModelConfig) -> str:
 
     Raises InputError where the `architectures` of a CLIP configuration do not fit it.
     """
-    if config.CLASS_NAME:
+    if not isinstance(config, TransformersConfig):
         return config.CLASS_NAME
     found = class_name({"architectures": config.architectures, "model_type": config.FIXED["model_type"][0]})
     if not isinstance(config, _CLASSES[found][0]):

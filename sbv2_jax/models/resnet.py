@@ -39,6 +39,8 @@ class ResnetBlock2D(Module):
         act = ACTIVATIONS[self.activation]
         hidden = self.conv1(act(self.norm1(x)))
         if self.time_emb_proj is not None:
+            if emb is None:
+                raise ValueError("a block with time_channels takes an embedding of the time")
             hidden = hidden + self.time_emb_proj(act(emb))[:, None, None, :]
         hidden = self.conv2(act(self.norm2(hidden)))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.config import AutoencoderConfig
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, upsample_nearest
 from sbv2_jax.models.module import Module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TinyVAEConfig(ModelConfig):
+class TinyVAEConfig(AutoencoderConfig):
     """The fields of an `AutoencoderTiny`'s `config.json`; the defaults are TAESD's.
 
     Callers multiply latents by `scaling_factor` after `encode` and divide by it before `decode`; it is 1

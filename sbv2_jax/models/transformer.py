@@ -134,6 +134,8 @@ class Transformer2DModel(Module):
         head_dim = channels // heads
         inner = heads * head_dim
         self.norm = GroupNorm(groups, channels, 1e-6, rngs)
+        self.proj_in: Linear | Conv
+        self.proj_out: Linear | Conv
         if linear_projection:  # SD 2.x, SDXL
             self.proj_in = Linear(channels, inner, rngs=rngs)
             self.proj_out = Linear(inner, channels, rngs=rngs)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sbv2_jax.models.attention import attention
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.config import AutoencoderConfig
 from sbv2_jax.models.layers import ACTIVATIONS, Conv, GroupNorm, Linear
 from sbv2_jax.models.module import Module
 from sbv2_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -18,7 +18,7 @@ EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VAEConfig(ModelConfig):
+class VAEConfig(AutoencoderConfig):
     """The fields of an `AutoencoderKL`'s `config.json`; the defaults are diffusers' own.
 
     Callers multiply latents by `scaling_factor` after `encode` and divide by it before `decode`.

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -83,7 +84,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # picture i of the files is picture i of the world
         )
 
-    def _split_generators(self, dl_manager) -> dict:
+    def _split_generators(self, dl_manager: Any) -> dict:
         return {split: self._generate_examples(split) for split in _splits(self.builder_config)}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:

@@ -7,6 +7,7 @@ Everything is a pure function of (seed, index). Captions and prompts need no ext
 import dataclasses
 import hashlib
 import json
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -90,7 +91,7 @@ class Captions:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index) -> str:
+    def __getitem__(self, index: SupportsIndex) -> str:
         index = int(index)
         if not 0 <= index < self._count:
             raise IndexError(f"caption {index} of {self._count}")

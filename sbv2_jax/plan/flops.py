@@ -25,17 +25,21 @@ def _of_equation(equation: core.JaxprEqn) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        left = _shape(equation.invars[0])
+        return 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         # All but the output's features are summed over.
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / features
+        return 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) / features
     if name == "cond":
         return sum(map(_of_jaxpr, _inner(params))) / len(params["branches"])
     times = params["length"] if name == "scan" else 1
     return times * sum(_of_jaxpr(inner) for inner in _inner(params))
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:

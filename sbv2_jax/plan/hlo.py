@@ -78,8 +78,8 @@ def collective_bytes(text: str) -> dict[str, int]:
             own[computation][kind] += max(sizes) if instruction[3].endswith("-start") else sum(sizes)
         if limit := _CONSTANT.search(line):
             limits[computation] = max(int(limit[1]), limits.get(computation, 1))
-        if body := _BODY.search(line):
-            calls[computation].append((body[1], _CONDITION.search(line)[1], 1))
+        if (body := _BODY.search(line)) and (condition := _CONDITION.search(line)):
+            calls[computation].append((body[1], condition[1], 1))
         elif branches := _branches(line):
             calls[computation] += [(branch, "", len(branches)) for branch in branches]
         elif called := _CALLED.search(line):

@@ -27,7 +27,9 @@ class Recorded(Separate):
         super().__init__(*args, **kwargs)
         self.calls: list[Call] = []
 
-    def run(self, name: str, function: Callable, *args: Any, out: Any = None, donate: tuple[int, ...] = ()):
+    def run(
+        self, name: str, function: Callable, *args: Any, out: Any = None, donate: tuple[int, ...] = ()
+    ) -> Any:
         """Runs, compiles or returns as `Separate` does."""
         # Copied, for what the second call of a program gives is another array than what the first gave.
         result = jax.tree.map(copy.copy, super().run(name, function, *args, out=out, donate=donate))
@@ -57,7 +59,7 @@ def needs(programs: Recorded, resident: Any) -> dict[str, Need]:
     loaded.
     """
     compiled = programs.compiled()
-    analyses = {name: program.memory_analysis() for name, program in compiled.items()}
+    analyses: dict[str, Any] = {name: program.memory_analysis() for name, program in compiled.items()}
     code = sum(analysis.generated_code_size_in_bytes for analysis in analyses.values())
     last = {id(leaf): number for number, call in enumerate(programs.calls) for leaf in call.taken}
     alive = {id(leaf): leaf for leaf in jax.tree.leaves(resident)}

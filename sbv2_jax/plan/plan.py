@@ -28,7 +28,7 @@ from sbv2_jax.run.compilation import compile_step, lay_out
 from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import validate
 from sbv2_jax.run.generators import student_generator
-from sbv2_jax.tree import Shapes
+from sbv2_jax.tree import Params, Shapes
 
 # What the compiler says when a program is too large depends on where it noticed.
 _TOO_LARGE = re.compile(r"(?:Used |\()([\d.]+)([KMG])(?:\) exceeds available HBM| of [\d.]+[KMG] hbm)")
@@ -132,14 +132,16 @@ def step_flops(config: ConfigDict, run: Run) -> float:
     return count_flops(step, run.state_shapes, run.frozen_shapes, batch)
 
 
-def _compile_generate(run: Run, layout: Layout, programs: Recorded) -> Program:
+def _compile_generate(run: Run, layout: Layout[jax.sharding.Mesh], programs: Recorded) -> Program:
     generator, (_, frozen) = student_generator(run), layout.abstract
     batch, whole = layout.placement.batch, layout.placement.whole
 
-    def sharded(shapes: Shapes) -> Shapes:
+    def sharded(shapes: Shapes) -> Params:
         placed = shardings(shapes, layout.mesh)
         return {
-            name: jax.ShapeDtypeStruct(leaf.shape, run.compute_dtype, sharding=placed[name])
+            name: jax.ShapeDtypeStruct(  # type: ignore[misc]  # in the place of an array
+                leaf.shape, run.compute_dtype, sharding=placed[name]
+            )
             for name, leaf in shapes.items()
         }
 
@@ -170,11 +172,11 @@ def _programs(programs: Recorded, resident: Any) -> dict[str, Program]:
     wanted = needs(programs, resident)
     calls = Counter(call.name for call in programs.calls)
     for name, compiled in programs.compiled().items():
-        text = compiled.as_text()
+        text, costs = compiled.as_text() or "", compiled.cost_analysis() or {}
         found[name] = Program(
             calls=calls[name],
             need=wanted[name],
-            accessed=compiled.cost_analysis()["bytes accessed"],
+            accessed=costs["bytes accessed"],
             collectives=collective_bytes(text),
             buffers=largest_arrays(text, 5),
         )

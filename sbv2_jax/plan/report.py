@@ -45,5 +45,5 @@ def _table(plan: Plan) -> list[str]:
     lines += [
         f"  {buffer.bytes / GIB:6.2f} GiB  {buffer.shape}  {buffer.operation}" for buffer in largest.buffers
     ]
-    moved = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in sorted(plan.collectives.items()))
-    return [*lines, "", f"moved between devices in a step: {moved or 'nothing'}"]
+    kinds = ", ".join(f"{kind} {size / GIB:.2f} GiB" for kind, size in sorted(plan.collectives.items()))
+    return [*lines, "", f"moved between devices in a step: {kinds or 'nothing'}"]

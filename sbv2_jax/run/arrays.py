@@ -1,5 +1,8 @@
 """The weights of a run: loaded onto their shardings, or made at step 0."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +24,11 @@ def load_frozen(run: Run, null_ids: np.ndarray, placement: Frozen) -> Frozen:
     """
     dtype, method = run.compute_dtype, run.method
     frozen = {
-        name: place(load_component(part.directory, dtype=dtype).params, placement[name])
+        name: place(load_component(part.files, dtype=dtype).params, placement[name])
         for name, part in run.frozen_parts.items()
     }
     towers = {
-        name: load_component(part.directory, dtype=dtype).params
-        for name, part in run.parts.text_encoders.items()
+        name: load_component(part.files, dtype=dtype).params for name, part in run.parts.text_encoders.items()
     }
     frozen["text_encoder"] = place(join_towers(towers), placement["text_encoder"])
     encode_null = jax.jit(
@@ -68,7 +70,7 @@ def load_state(run: Run, placement: TrainState, start: dict[str, np.ndarray] | N
         if start and player is run.method.student:
             weights = start
         elif player.base is None:
-            weights = load_component(player.part.directory, dtype=jnp.float32).params
+            weights = load_component(player.source.files, dtype=jnp.float32).params
         else:
             weights = lora.fresh_factors(player.trained_shapes, run.seed + player.seed_offset)
         params[name] = place(weights, placement.players[name].params)
@@ -79,11 +81,10 @@ def load_state(run: Run, placement: TrainState, start: dict[str, np.ndarray] | N
     return initialise(params)
 
 
-def place(arrays: dict[str, np.ndarray], shardings: dict[str, jax.sharding.Sharding]) -> Params:
+def place(arrays: Mapping[str, np.ndarray], shardings: Mapping[str, Any]) -> Params:
     """Puts host arrays onto devices; with several processes each holds the whole array and gives its part."""
-    return {
-        name: jax.make_array_from_callback(
-            array.shape, shardings[name], lambda index, array=array: np.asarray(array[index])
-        )
-        for name, array in arrays.items()
-    }
+
+    def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))
+
+    return {name: placed(array, shardings[name]) for name, array in arrays.items()}

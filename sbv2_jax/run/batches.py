@@ -38,7 +38,7 @@ def abstract_batch(size: int, run: Run, mesh: Mesh | None = None) -> Batch:
     if (further := run.method.updates - 1) > 0:
         shape = (further, *columns["input_ids"].shape)
         columns[FRESH] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batches)
-    return columns
+    return columns  # type: ignore[return-value]  # its shapes, in the place of a batch
 
 
 def open_rows(
@@ -83,7 +83,8 @@ def next_batch(
     their rows of the global `step`, from 0, in the place of some, and add their columns.
     """
     prompts, sharding = next(batches), batch_sharding(mesh)
-    first, columns = jax.process_index() * len(prompts), {}
+    first = jax.process_index() * len(prompts)
+    columns: dict[str, np.ndarray] = {}
     for filling in fillings:
         prompts, own = filling.fill(step, prompts, first)
         columns |= own

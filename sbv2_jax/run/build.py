@@ -20,6 +20,7 @@ from sbv2_jax.distill.terms.term import term_classes
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.attention import Core
 from sbv2_jax.models.conditions import Text, TextEncoder, misfits
+from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.part import Part
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.unet import Execution
@@ -39,7 +40,7 @@ class Run:
 
     parts: Parts
     method: Method
-    frozen_parts: dict[str, Part]
+    frozen_parts: dict[str, Part[ModelConfig]]
     compute_dtype: jnp.dtype
     guidance: float
     score_guidance: float
@@ -73,8 +74,8 @@ def assemble(config: ConfigDict, parts: Parts, core: Core | None = None) -> Run:
         optimizer=functools.partial(_optimizer, config),
     )
     classes = term_classes(config)
-    followers = dict.fromkeys(player for term in classes for player in term.players)
-    followers = {player.name: player.build(config, setting) for player in followers}
+    kinds = dict.fromkeys(player for term in classes for player in term.players)
+    followers = {player.name: player.build(config, setting) for player in kinds}
     setting = dataclasses.replace(setting, players=followers)
     terms = [term.build(config, setting) for term in classes]
     method = Method(
@@ -96,7 +97,9 @@ def assemble(config: ConfigDict, parts: Parts, core: Core | None = None) -> Run:
     for player in method.players.values():
         frozen_parts |= player.frozen_parts
     text_shapes = _as(method.text_encoder.shapes, dtype)
-    frozen_shapes = {name: _as(network(part.config).shapes, dtype) for name, part in frozen_parts.items()}
+    frozen_shapes: Frozen = {
+        name: _as(network(part.config).shapes, dtype) for name, part in frozen_parts.items()
+    }
     frozen_shapes["text_encoder"] = text_shapes
     frozen_shapes["null_text"] = _null_text(parts, method, text_shapes)
     return Run(

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sbv2_jax.devices.programs import Separate
@@ -22,7 +23,7 @@ WORKERS = 2
 
 def lay_out(
     config: ConfigDict, parts: Parts, devices: Sequence[jax.Device], memory: float | None
-) -> tuple[ConfigDict, Run, Layout]:
+) -> tuple[ConfigDict, Run, Layout[Mesh]]:
     """Returns the configuration with nothing left open, and the networks and the layout of its run.
 
     `memory` is that of one device in bytes, or None where it is not known.
@@ -36,7 +37,7 @@ def lay_out(
 
 
 def compile_step(
-    config: ConfigDict, run: Run, layout: Layout, programs: Separate | None = None
+    config: ConfigDict, run: Run, layout: Layout[Mesh], programs: Separate | None = None
 ) -> tuple[TrainStep, Separate]:
     """Compiles the step of a run for its layout, as one program or in stages; returns it and its programs.
 
@@ -48,7 +49,7 @@ def compile_step(
 
 
 def begin_step(
-    config: ConfigDict, run: Run, layout: Layout, programs: Separate | None = None
+    config: ConfigDict, run: Run, layout: Layout[Mesh], programs: Separate | None = None
 ) -> tuple[TrainStep, Separate]:
     """Begins what `compile_step` does: the programs are compiled beside what follows, until `compiled()` of them."""
     programs = programs or Separate(WORKERS)
@@ -57,6 +58,7 @@ def begin_step(
         run.method,
         layout.placement,
     )
+    step: TrainStep
     if config.programs == "one":
         placement = layout.placement
         step = functools.partial(

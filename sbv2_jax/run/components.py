@@ -18,6 +18,7 @@ from sbv2_jax.models import published
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.conditions import TOWERS
+from sbv2_jax.models.config import AutoencoderConfig, C, ModelConfig, of_kind
 from sbv2_jax.models.part import Part
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.tiny_vae import TinyVAEConfig
@@ -35,17 +36,24 @@ class Parts:
     text encoders; published shapes have none.
     """
 
-    teacher: Part
+    teacher: Part[UNetConfig]
     teacher_schedule: ScheduleConfig
-    student: Part
+    student: Part[UNetConfig]
     student_schedule: ScheduleConfig
-    text_encoder: Part
-    text_encoder_2: Part | None = None
+    text_encoder: Part[CLIPTextConfig]
+    text_encoder_2: Part[CLIPTextConfig] | None = None
     zero_null: bool = False
-    vae: Part
-    networks: dict[str, Part] = dataclasses.field(default_factory=dict)
+    vae: Part[AutoencoderConfig]
+    networks: dict[str, Part[ModelConfig]] = dataclasses.field(default_factory=dict)
     pipeline: Path | None
     tokenizer: Tokenizer | TokenizerPair | None = None
+
+    @property
+    def opened(self) -> tuple[Path, Tokenizer | TokenizerPair]:
+        """The directory of the pipeline, and its tokenizer; raises InputError for published shapes."""
+        if self.pipeline is None or self.tokenizer is None:
+            raise InputError("published shapes have no pipeline and no tokenizer: they are for a dry run")
+        return self.pipeline, self.tokenizer
 
     @property
     def prompt_length(self) -> int:
@@ -59,10 +67,17 @@ class Parts:
         part = self.networks[clip]
         if part.tokenizer is not None:
             return part.tokenizer.max_length
-        return part.config.text_config.max_position_embeddings
+        return of_kind(part.config, CLIPConfig, clip).text_config.max_position_embeddings
+
+    def term_tokenizer(self, clip: str) -> Tokenizer:
+        """Returns the tokenizer of a CLIP among `networks`; raises InputError for a network that has none."""
+        part = self.networks[clip]
+        if part.tokenizer is None:
+            raise InputError(f"{part.directory}, of which a term reads prompts, is no CLIP with a tokenizer")
+        return part.tokenizer
 
     @property
-    def text_encoders(self) -> dict[str, Part]:
+    def text_encoders(self) -> dict[str, Part[CLIPTextConfig]]:
         """The text towers by the name of their folder: one, or SDXL's two."""
         parts = dict(zip(TOWERS, (self.text_encoder, self.text_encoder_2), strict=True))
         return {name: part for name, part in parts.items() if part is not None}
@@ -77,20 +92,22 @@ def read_parts(config: ConfigDict, *, dry_run: bool = False) -> Parts:
     if dry_run and config.architecture and not Path(config.teacher).expanduser().exists():
         return _published_parts(config)
     pipeline = load_pipeline(config.teacher)
-    teacher = _part(pipeline.component_dir("unet"))
+    teacher = _part(pipeline.component_dir("unet"), UNetConfig)
     if config.architecture:
         _require_architecture(config.architecture, teacher)
     student, student_schedule = teacher, pipeline.schedule_config
     if config.student.init != "teacher":
         student, student_schedule = _student(config.student.init, teacher.config, pipeline.schedule_config)
+    towers = {name: _part(pipeline.component_dir(name), CLIPTextConfig) for name in pipeline.text_encoders}
     return Parts(
         teacher=teacher,
         teacher_schedule=pipeline.schedule_config,
         student=student,
         student_schedule=student_schedule,
-        **{name: _part(pipeline.component_dir(name)) for name in pipeline.text_encoders},
+        text_encoder=towers[TOWERS[0]],
+        text_encoder_2=towers.get(TOWERS[1]),
         zero_null=pipeline.zero_null,
-        vae=_part(pipeline.component_dir("vae")),
+        vae=_part(pipeline.component_dir("vae"), AutoencoderConfig),
         networks={name: _network(source, pipeline) for name, source in _sources(config).items()},
         pipeline=pipeline.directory,
         tokenizer=pipeline.tokenizer,
@@ -115,16 +132,16 @@ def latent_side(config: ConfigDict, parts: Parts) -> int:
     return side
 
 
-def _part(directory: Path) -> Part:
-    return Part(config=check_component(directory), directory=directory)
+def _part(directory: Path, kind: type[C]) -> Part[C]:
+    return Part(config=of_kind(check_component(directory), kind, str(directory)), directory=directory)
 
 
 def _student(
     reference: str, teacher: UNetConfig, teacher_schedule: ScheduleConfig
-) -> tuple[Part, ScheduleConfig]:
+) -> tuple[Part[UNetConfig], ScheduleConfig]:
     # A file's shapes say less than the teacher's configuration does, the number of heads above all.
     directory = directory_of(reference, like=teacher) if is_single_file(reference) else resolve(reference)
-    part = _part(component_dir(directory, "unet"))
+    part = _part(component_dir(directory, "unet"), UNetConfig)
     # A UNet on its own says nothing of its schedule: it must be the teacher's.
     return part, teacher_schedule if part.directory == directory else read_schedule(directory)
 
@@ -133,17 +150,22 @@ def _sources(config: ConfigDict) -> dict[str, Source]:
     return needed_sources(config, term_classes(config))
 
 
-def _network(source: Source, pipeline: PipelineParts) -> Part:
+def _network(source: Source, pipeline: PipelineParts) -> Part[ModelConfig]:
     if source.reference in ("vae", "vae_tiny"):
-        return _part(pipeline.component_dir(source.reference))
-    part = _part(component_dir(resolve(source.reference), source.folder))
-    if isinstance(part.config, CLIPConfig):
-        image, tokenizer = _clip_image(part), _clip_tokenizer(part, pipeline)
-        part = dataclasses.replace(part, image=image, tokenizer=tokenizer)
-    return part
+        return _part(pipeline.component_dir(source.reference), AutoencoderConfig)
+    directory = component_dir(resolve(source.reference), source.folder)
+    config = check_component(directory)
+    if not isinstance(config, CLIPConfig):
+        return Part(config=config, directory=directory)
+    return Part(
+        config=config,
+        directory=directory,
+        image=_clip_image(directory, config),
+        tokenizer=_clip_tokenizer(directory, config, pipeline),
+    )
 
 
-def _published_network(source: Source, vae: Part) -> Part:
+def _published_network(source: Source, vae: Part[AutoencoderConfig]) -> Part[ModelConfig]:
     if source.field == "config.clip.model":
         clip = CLIPConfig.from_dict(published.CLIP_VIT_B32)
         return Part(config=clip, directory=None, image=CLIPImageConfig())
@@ -156,23 +178,22 @@ def _published_network(source: Source, vae: Part) -> Part:
     )
 
 
-def _clip_image(clip: Part) -> CLIPImageConfig:
+def _clip_image(directory: Path, clip: CLIPConfig) -> CLIPImageConfig:
     """Reads how the CLIP takes its pictures; without a file of its own, as OpenAI's do, at its size."""
-    size = clip.config.vision_config.image_size
-    if not (clip.directory / "preprocessor_config.json").exists():
+    size = clip.vision_config.image_size
+    if not (directory / "preprocessor_config.json").exists():
         return CLIPImageConfig(size=size, crop_size=size)
-    path = file_of(clip.directory, "preprocessor_config.json")
+    path = file_of(directory, "preprocessor_config.json")
     image = CLIPImageConfig.from_dict(read_json(path), str(path))
     if image.size != size:
         raise InputError(f"{path} has size={image.size}; the network takes {size}")
     return image
 
 
-def _clip_tokenizer(clip: Part, pipeline: PipelineParts) -> Tokenizer:
+def _clip_tokenizer(directory: Path, clip: CLIPConfig, pipeline: PipelineParts) -> Tokenizer:
     """Reads the tokenizer of a term's CLIP: without files of its own, the pipeline's first one."""
-    own = (clip.directory / "tokenizer_config.json").is_file()
-    directory = clip.directory if own else pipeline.component_dir("tokenizer")
-    return load_fitting(directory, clip.config.text_config)
+    own = (directory / "tokenizer_config.json").is_file()
+    return load_fitting(directory if own else pipeline.component_dir("tokenizer"), clip.text_config)
 
 
 def _published_parts(config: ConfigDict) -> Parts:
@@ -184,23 +205,25 @@ def _published_parts(config: ConfigDict) -> Parts:
     unet = Part(config=UNetConfig.from_dict(shapes["unet"]), directory=None)
     vae = Part(config=VAEConfig.from_dict(shapes["vae"]), directory=None)
     schedule = ScheduleConfig.from_dict(shapes["scheduler"])
+    towers = {
+        name: Part(config=CLIPTextConfig.from_dict(shapes[name]), directory=None)
+        for name in TOWERS
+        if name in shapes
+    }
     return Parts(
         teacher=unet,
         teacher_schedule=schedule,
         student=unet,
         student_schedule=schedule,
-        **{
-            name: Part(config=CLIPTextConfig.from_dict(shapes[name]), directory=None)
-            for name in TOWERS
-            if name in shapes
-        },
+        text_encoder=towers[TOWERS[0]],
+        text_encoder_2=towers.get(TOWERS[1]),
         vae=vae,
         networks={name: _published_network(source, vae) for name, source in _sources(config).items()},
         pipeline=None,
     )
 
 
-def _require_architecture(architecture: str, teacher: Part) -> None:
+def _require_architecture(architecture: str, teacher: Part[UNetConfig]) -> None:
     if architecture not in published.ARCHITECTURES:
         raise InputError(
             f"config.architecture = {architecture!r} is none of {', '.join(published.ARCHITECTURES)}"

@@ -1,5 +1,6 @@
 """What pictures are drawn of: a directory, a hub id, "bundled", or a run, which stands for its student."""
 
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def drawn_of(
     which = which or kept_student(read_run(name, step, "step")[2])
     found, student = student_of(name, step=step, which=which)
     said = f"{name} ({which} of step {found})"
-    return Drawn(said, _schedule(student), lambda: pipeline_of(student, dtype=dtype))
+    return Drawn(said, _around(student)[1], lambda: pipeline_of(student, dtype=dtype))
 
 
 def pair_of(text: str) -> list[Model]:
@@ -43,11 +44,13 @@ def pair_of(text: str) -> list[Model]:
 
 def pipeline_of(model: Model, *, dtype: Any = jnp.float32) -> Pipeline:
     """Makes a UNet ready to draw in the pipeline around it; raises InputError where there is none."""
-    if model.pipeline is None:
+    directory, schedule = _around(model)
+    parts = load_pipeline(directory, dtype=dtype)
+    return ready(parts, model.name, unet=model.unet, schedule=schedule, dtype=dtype)
+
+
+def _around(model: Model) -> tuple[Path, ScheduleConfig]:
+    """Returns the directory of the pipeline around a UNet, and its own schedule."""
+    if model.pipeline is None or model.scheduler is None:
         raise InputError(f"{model.name} is a UNet on its own: a pipeline is needed to draw")
-    parts = load_pipeline(model.pipeline, dtype=dtype)
-    return ready(parts, model.name, unet=model.unet, schedule=_schedule(model), dtype=dtype)
-
-
-def _schedule(model: Model) -> ScheduleConfig:
-    return ScheduleConfig.from_dict(dict(model.scheduler), model.name)
+    return model.pipeline, ScheduleConfig.from_dict(dict(model.scheduler), model.name)

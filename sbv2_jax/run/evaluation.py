@@ -115,6 +115,7 @@ def _spec(text: str, numbers: Mapping[str, tuple], sampler: str | None) -> dict[
     name, *given = text.split(",")
     spec = {"model": name, **numbers, "sampler": sampler, "step": None, "which": None}
     for one in given:
+        value: Any
         key, equals, value = one.partition("=")
         if key not in _SETTINGS or not equals:
             raise InputError(

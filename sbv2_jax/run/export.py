@@ -84,10 +84,9 @@ def _write_by_one(student: Callable[[], Model], directory: Path, trained: Params
 
 def _tell(directory: str | Path, student: Model) -> None:
     """Says how diffusers draws with a student of other than one step."""
-    if student.scheduler["_class_name"] == FEW_STEPS:
-        print(
-            f"{directory}: in diffusers, pipe(prompt, {diffusers_arguments(student.scheduler)})", flush=True
-        )
+    scheduler = student.scheduler or {}
+    if scheduler.get("_class_name") == FEW_STEPS:
+        print(f"{directory}: in diffusers, pipe(prompt, {diffusers_arguments(scheduler)})", flush=True)
 
 
 def export_checkpoint(

@@ -31,7 +31,9 @@ def kept(path: Path, of: dict[str, Any], draw: Callable[[], Columns]) -> Columns
     with processes.together():
         if jax.process_index() == 0:
             with replaced_file(path) as partial, open(partial, "wb") as file:
-                np.savez(file, **{_KEY: np.array(key)}, **columns)
+                # Any, for savez has arguments of other types too.
+                arrays: dict[str, Any] = {_KEY: np.array(key), **columns}
+                np.savez(file, **arrays)
     return columns
 
 

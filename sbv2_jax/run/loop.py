@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -76,8 +76,9 @@ def train(
         if stopped:
             return EXIT_PREEMPTED
         export = workdir / EXPORT
-        if config.evaluate.export == "best":
-            export_best(workdir, ready.scoring.best, export)
+        best = ready.scoring.best if ready.scoring else None
+        if config.evaluate.export == "best" and best:
+            export_best(workdir, best, export)
         else:
             export_student(ready.run, ready.state, export)
     if jax.process_index() == 0:
@@ -89,7 +90,7 @@ def train(
 
 @dataclasses.dataclass(kw_only=True)
 class Ready:
-    """All that the steps of a run need; `first` steps are done, and `step` is None where none is left.
+    """All that the steps of a run need; `first` steps are done.
 
     `probe` is what `begin_probe` returns, where the run has a limit for it.
     """
@@ -105,7 +106,7 @@ class Ready:
     scoring: Scoring | None
     batches: Iterator[list[str]]
     fillings: Sequence[Filling]
-    step: TrainStep | None
+    step: TrainStep
     probe: Callable[[TrainState, Frozen, Batch], jax.Array] | None
 
 
@@ -168,7 +169,7 @@ def make_ready(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    step, probe = compiling.finished() if compiling else (None, None)
+    step, probe = compiling.finished() if compiling else (_none_left, None)
     return Ready(
         run=run,
         mesh=layout.mesh,
@@ -186,6 +187,10 @@ def make_ready(
     )
 
 
+def _none_left(state: TrainState, frozen: Frozen, batch: Batch) -> NoReturn:
+    raise RuntimeError("all steps of the run are done")
+
+
 def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
     """Runs the steps that are left, and returns whether a signal ended them before the last; `ready.state` advances.
 
@@ -193,7 +198,7 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
     they never wait for the host; where a step is saved, drawn or measured, its own are read first. Raises InputError
     for what cannot be written, also by a save that has failed beside the steps, and as `Guard` does.
     """
-    checkpoints, grid, first = ready.checkpoints, ready.grid, ready.first
+    checkpoints, grid, scoring, first = ready.checkpoints, ready.grid, ready.scoring, ready.first
     with Preemption() as preemption, contextlib.ExitStack() as stack:
         with processes.together():
             log = MetricsLog(
@@ -224,12 +229,12 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
                 last = preempted or number == config.steps
                 if not last:
                     following = read(number)
-                measures = ready.scoring and not preempted and (last or number % config.evaluate.every == 0)
+                measures = scoring and not preempted and (last or number % config.evaluate.every == 0)
                 saves = last or measures or number % config.checkpoint.every == 0
                 draws = grid and (number == config.steps or number % config.sample.every == 0)
                 if saves or draws:
                     record.read()
-            figures = ready.scoring.measure(ready.state) if measures else {}
+            figures = scoring.measure(ready.state) if scoring and measures else {}
             if saves or draws:
                 with watchdog(number, config.limits.step_seconds):
                     record.write(figures)
@@ -239,7 +244,7 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
                     with processes.together():
                         guard.check_latents(number, float(deviation))
                 checkpoints.save(number, ready.state, extra=figures)
-            if draws:
+            if grid and draws:
                 grid.draw(ready.state, sample_path(workdir, number))
             if preempted:
                 logging.warning(
@@ -259,7 +264,7 @@ class Prepared(NamedTuple):
     """What a run needs before anything is loaded; `start` holds the factors that the student's LoRA starts from."""
 
     run: Run
-    layout: Layout
+    layout: Layout[jax.sharding.Mesh]
     source: PromptSource
     tokenizers: Tokenizers
     fillings: list[Filling]
@@ -277,8 +282,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     for pattern, leaves in layout.matches().items():
         logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)
     source = open_prompts(config.prompts, config.prompts_column)
-    tokenizers = {"input_ids": run.parts.tokenizer}
-    tokenizers |= {column: run.parts.networks[clip].tokenizer for column, clip in run.method.columns.items()}
+    tokenizers: Tokenizers = {"input_ids": run.parts.opened[1]}
+    tokenizers |= {column: run.parts.term_tokenizer(clip) for column, clip in run.method.columns.items()}
     prompt_batches(source, config.batch_size, config.seed)  # too few prompts are an error here
     if jax.process_index() == 0:
         for line in (*notes_of(source), *filter(None, [describe_cut(source, tokenizers["input_ids"])])):
@@ -296,7 +301,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
 class Compiling:
     """The step of a run, and the probe where there is a limit for it, while they are compiled beside other things."""
 
-    def __init__(self, config: ConfigDict, run: Run, layout: Layout):
+    def __init__(self, config: ConfigDict, run: Run, layout: Layout[jax.sharding.Mesh]):
         self._begin = time.monotonic()
         self._step, self._programs = begin_step(config, run, layout)
         limited = config.limits.latents_std

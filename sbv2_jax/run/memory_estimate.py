@@ -41,11 +41,12 @@ def fit(config: ConfigDict, parts: Parts, device_count: int, memory: float | Non
     if config.mesh.fsdp != -1:
         splits = [config.mesh.fsdp]
     config = config.copy_and_resolve_references()
+    if memory is None:
+        config.mesh.fsdp, config.remat = splits[0], remats[0]
+        return config
     runs: dict[str, tuple[Run, float]] = {}
     for fsdp, remat in itertools.product(splits, remats):
         config.mesh.fsdp, config.remat = fsdp, remat
-        if memory is None:
-            return config
         if remat not in runs:
             run = assemble(config, parts)
             runs[remat] = run, activations(run, remat=remat == "block")

@@ -33,7 +33,7 @@ class Painter:
     ):
         self._run, self._frozen, self._tokenizer, self._mesh = run, frozen, tokenizer, mesh
         self._student = student_generator(run)
-        host = load_component(run.parts.vae.directory, dtype=run.compute_dtype).params
+        host = load_component(run.parts.vae.files, dtype=run.compute_dtype).params
         self.vae = place(host, shardings(self._student.vae.shapes, mesh))
         self._null_ids = tokenizer.encode([""])[0]
         # Every process has all pictures, whatever devices drew them.
@@ -49,7 +49,7 @@ class Painter:
         """Returns the teacher's weights: the run's own, or read anew where no player needs them."""
         if "teacher" in self._frozen:
             return self._frozen["teacher"]
-        host = load_component(self._run.parts.teacher.directory, dtype=self._run.compute_dtype).params
+        host = load_component(self._run.parts.teacher.files, dtype=self._run.compute_dtype).params
         return place(host, shardings(network(self._run.parts.teacher.config).shapes, self._mesh))
 
     def draw_student(

@@ -96,7 +96,7 @@ def make_pairs(
         processes.require_same("what the pairs are drawn from", json.dumps(settings))
         with processes.together():
             if jax.process_index() == 0:
-                for line in (*notes_of(source), *filter(None, [describe_cut(source, parts.tokenizer)])):
+                for line in (*notes_of(source), *filter(None, [describe_cut(source, parts.opened[1])])):
                     logging.warning(line)
                 _begin(out, settings)
         processes.require_shared(out)
@@ -177,7 +177,7 @@ def _draw_shards(
     total = sum(map(len, todo.values()))
     with tqdm(total=total, unit="pair", disable=jax.process_index() > 0) as bar:
         for name, numbers in todo.items():
-            records = []
+            records: list[bytes] = []
             for some in painter.groups(numbers):
                 texts = [prompts[number] for number in some]
                 latents = painter.draw(some, texts)
@@ -208,22 +208,24 @@ class _Teacher:
     def __init__(self, settings: Mapping[str, Any], parts: Parts, batch_size: int):
         devices = jax.local_devices()
         self._mesh, self._batch_size = make_mesh(1, len(devices), 1, devices), batch_size
-        self._settings, self._tokenizer = settings, parts.tokenizer
-        self._null_ids = parts.tokenizer.encode([""])[0]
-        dtype, whole = DTYPES[settings["precision"]], NamedSharding(self._mesh, PartitionSpec())
+        self._settings, self._tokenizer = settings, parts.opened[1]
+        self._null_ids = self._tokenizer.encode([""])[0]
+        dtype, everywhere = DTYPES[settings["precision"]], NamedSharding(self._mesh, PartitionSpec())
 
         def load(directory: Path) -> Params:
             weights = load_component(directory, dtype=dtype).params
-            return place(weights, dict.fromkeys(weights, whole))
+            return place(weights, dict.fromkeys(weights, everywhere))
 
-        towers = {name: load(part.directory) for name, part in parts.text_encoders.items()}
+        towers = {name: load(part.files) for name, part in parts.text_encoders.items()}
         self._params = GeneratorParams(
-            unet=load(parts.teacher.directory), text_encoder=join_towers(towers), vae={}
+            unet=load(parts.teacher.files), text_encoder=join_towers(towers), vae={}
         )
         self._sharding, generator = batch_sharding(self._mesh), teacher_of(parts)
         how = {name: settings[name] for name in ("steps", "guidance", "sampler")}
 
-        def latents(params: GeneratorParams, ids: jax.Array, null_ids: jax.Array, numbers: jax.Array):
+        def latents(
+            params: GeneratorParams, ids: jax.Array, null_ids: jax.Array, numbers: jax.Array
+        ) -> jax.Array:
             noise = initial_noise(settings["seed"], numbers, tuple(settings["latent_shape"]))
             return draw_latents(generator, params, ids, null_ids, noise, **how).astype(settings["dtype"])
 
@@ -252,8 +254,8 @@ class _Teacher:
             "ids": self._tokenizer.encode(prompts)[filled],
             "numbers": np.asarray(numbers, np.uint32)[filled],
         }
-        rows = place(rows, dict.fromkeys(rows, self._sharding))
-        drawn = np.asarray(self._latents(self._params, rows["ids"], self._null_ids, rows["numbers"]))
+        placed = place(rows, dict.fromkeys(rows, self._sharding))
+        drawn = np.asarray(self._latents(self._params, placed["ids"], self._null_ids, placed["numbers"]))
         drawn = drawn[: len(numbers)]
         bad = [number for number, latent in zip(numbers, drawn, strict=True) if not np.isfinite(latent).all()]
         if bad:

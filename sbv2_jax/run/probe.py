@@ -17,7 +17,7 @@ from sbv2_jax.run.build import Run
 
 
 def begin_probe(
-    config: ConfigDict, run: Run, layout: Layout, programs: Separate
+    config: ConfigDict, run: Run, layout: Layout[jax.sharding.Mesh], programs: Separate
 ) -> Callable[[TrainState, Frozen, Batch], jax.Array]:
     """Begins to compile, as `begin_step`, the deviation of the samples of a state's student.
 

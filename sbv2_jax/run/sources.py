@@ -76,19 +76,21 @@ def sources_of(parts: Parts, files: Files) -> dict[str, Source]:
     The digest of a network is over its configuration and the bytes of its weights, whatever else lies beside them;
     `commit` is the hub's, of files in its cache.
     """
-    found = {}
+    found: dict[str, Source] = {}
+    facts: dict[str, Any]
     for name, value in _flat(vars(parts)):
         if isinstance(value, Part):
             facts = {
                 "config": _facts(value.config),
-                "weights": files.digests(weight_files(value.directory)),
-                "tokens": _tokens(value.directory, files),
+                "weights": files.digests(weight_files(value.files)),
+                "tokens": _tokens(value.files, files),
             }
-            found[name] = {"sha256": json_digest(facts), **_commit(value.directory)}
+            found[name] = {"sha256": json_digest(facts), **_commit(value.files)}
         elif name == "tokenizer":
-            folders = sorted(parts.pipeline.glob("tokenizer*"))
+            directory, _ = parts.opened
+            folders = sorted(directory.glob("tokenizer*"))
             facts = {"tokens": [_tokens(folder, files) for folder in folders], "is": repr(value)}
-            found[name] = {"sha256": json_digest(facts), **_commit(parts.pipeline)}
+            found[name] = {"sha256": json_digest(facts), **_commit(directory)}
         elif dataclasses.is_dataclass(value) and not name.endswith("tokenizer"):
             found[name] = {"sha256": json_digest(_facts(value))}
     found["zero_null"] = {"sha256": json_digest(parts.zero_null)}

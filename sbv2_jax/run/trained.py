@@ -113,10 +113,10 @@ def model_of(
     return student_model(
         name,
         trained,
-        base=parts.pipeline,
+        base=parts.opened[0],
         config=dataclasses.replace(parts.student.config, sample_size=side),
         schedule=parts.student_schedule,
-        init=parts.student.directory,
+        init=parts.student.files,
         lora_scale=lora_scale,
         timesteps=timesteps,
     )
@@ -169,7 +169,7 @@ def student_model(
         for module in modules_of(factors):
             # In its place: no more than one is held twice.
             own = {leaf: array for leaf, array in factors.items() if leaf.startswith(f"{module}.lora.")}
-            kernel = {f"{module}.kernel": weights[f"{module}.kernel"]}
+            kernel = {f"{module}.kernel": jnp.asarray(weights[f"{module}.kernel"])}
             weights |= jax.tree.map(np.asarray, lora.merge(kernel, own, lora_scale))
     fields = {
         field.name: getattr(schedule, field.name)

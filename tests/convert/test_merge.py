@@ -46,6 +46,12 @@ def extracted_file(model: Path, base: Path, rank: int, out: Path) -> Extracted:
     return extract_file(open_model(model), open_model(base), rank, out)
 
 
+def test_what_is_no_unet_is_not_opened_as_one(models, tmp_path):
+    shutil.copytree(models / "pipeline" / "vae", tmp_path / "odd" / "unet")
+    with pytest.raises(InputError, match="unet holds a VAEConfig, a UNetConfig is expected"):
+        open_model(tmp_path / "odd")
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_a_merge_equals_arithmetic_by_hand_exactly(models, tmp_path, lam):
     trained = [models / "pipeline" / "unet", models / "other"]

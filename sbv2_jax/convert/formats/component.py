@@ -6,7 +6,7 @@ The weights are safetensors files as diffusers and transformers write them, or a
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,16 @@ from sbv2_jax.convert.formats.published_shapes import family_text, torch_shape
 from sbv2_jax.convert.formats.safetensors_io import DTYPES, TensorInfo
 from sbv2_jax.convert.formats.weight_files import MAX_SHARD_BYTES, Weights, open_weights, write_weights
 from sbv2_jax.errors import InputError, listed
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.config import Kind, ModelConfig
 from sbv2_jax.models.registry import class_name, class_of, config_class, network
 from sbv2_jax.tree import Shapes, require_same
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Component:
+class Component(Generic[Kind]):
     """A model: its configuration, and its parameters as flat NumPy arrays in our names and axes."""
 
-    config: ModelConfig
+    config: Kind
     params: dict[str, np.ndarray]
 
 
@@ -73,7 +73,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     return list(dict.fromkeys(open_weights(directory, config.STEM).files.values()))
 
 
-def load_component(directory: str | Path, *, dtype: Any | None = None) -> Component:
+def load_component(directory: str | Path, *, dtype: Any | None = None) -> Component[ModelConfig]:
     """Loads a model directory, without network and without pickle.
 
     The parameters keep the file's types unless `dtype` (float32, bfloat16 or float16) is asked for; where no

@@ -6,9 +6,11 @@ from typing import Any
 
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError, listed
+from sbv2_jax.models.clip import CLIPTextConfig
 from sbv2_jax.models.conditions import TOWERS, misfits
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.config import AutoencoderConfig, ModelConfig, of_kind
 from sbv2_jax.models.registry import class_of
+from sbv2_jax.models.unet import UNetConfig
 
 # Of a part: the library and the classes that model_index.json may name.
 _Classes = tuple[str, tuple[str, ...]]
@@ -120,11 +122,18 @@ def make_index(
 
 def check_fit(family: Family, configs: Mapping[str, ModelConfig], source: str) -> None:
     """Raises InputError where the networks' widths differ; the messages name fields of the files."""
-    unet, vae = configs["unet"], configs["vae"]
-    wrong = misfits(unet, {name: configs[name] for name in family.towers})
-    for name in ("vae", "vae_tiny"):
-        if name in configs and unet.out_channels != configs[name].latent_channels:
-            channels = configs[name].latent_channels
+    unet = of_kind(configs["unet"], UNetConfig, f"{source}: unet")
+    decoders = {
+        name: of_kind(configs[name], AutoencoderConfig, f"{source}: {name}")
+        for name in ("vae", "vae_tiny")
+        if name in configs
+    }
+    vae = decoders["vae"]
+    towers = {name: of_kind(configs[name], CLIPTextConfig, f"{source}: {name}") for name in family.towers}
+    wrong = misfits(unet, towers)
+    for name, decoder in decoders.items():
+        if unet.out_channels != decoder.latent_channels:
+            channels = decoder.latent_channels
             wrong.append(f"unet out_channels={unet.out_channels}, {name} latent_channels={channels}")
     if unet.in_channels != vae.latent_channels:
         wrong.append(f"unet in_channels={unet.in_channels}, vae latent_channels={vae.latent_channels}")

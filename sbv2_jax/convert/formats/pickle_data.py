@@ -56,7 +56,7 @@ def read_pickle(
 
 def _follow(file: BinaryIO, known: Mapping[str, Callable], persistent: Callable[[Any], Any] | None) -> Any:
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def since_mark() -> list[Any]:
         place = max(i for i, value in enumerate(stack) if value is _MARK)
@@ -98,7 +98,7 @@ def _follow(file: BinaryIO, known: Mapping[str, Callable], persistent: Callable[
             items = since_mark()
             _set(stack[-1], items)
         elif name == "GLOBAL":
-            stack.append(_named(known, argument))
+            stack.append(_named(known, str(argument)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
             stack.append(_named(known, f"{module} {attribute}"))

@@ -35,10 +35,12 @@ from sbv2_jax.convert.formats.side_files import copy_clip_files, tokenizer_files
 from sbv2_jax.diffusion.few_steps import ORIGINAL_STEPS, original_steps_of
 from sbv2_jax.diffusion.schedule import FEW_STEPS, ScheduleConfig
 from sbv2_jax.errors import InputError
+from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig
 from sbv2_jax.models.clip_image import CLIPImageConfig
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.config import AutoencoderConfig, ModelConfig, of_kind
 from sbv2_jax.models.registry import class_of
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair, load_fitting
+from sbv2_jax.models.unet import UNetConfig
 
 # Networks that training needs and diffusers' pipeline does not know: folders beside the others.
 _EXTRAS = {"vae_tiny": ("AutoencoderTiny",), "clip": ("CLIPModel",)}
@@ -69,7 +71,25 @@ class PipelineParts:
         """The folders of the text towers: one, or SDXL's two."""
         return self.family.towers
 
-    def component(self, name: str, *, dtype: Any | None = None) -> Component:
+    @property
+    def unet(self) -> UNetConfig:
+        """The configuration of the UNet."""
+        return of_kind(self.configs["unet"], UNetConfig, str(self.directory / "unet"))
+
+    @property
+    def vae(self) -> AutoencoderConfig:
+        """The configuration of the autoencoder."""
+        return of_kind(self.configs["vae"], AutoencoderConfig, str(self.directory / "vae"))
+
+    @property
+    def towers(self) -> dict[str, CLIPTextConfig]:
+        """The configurations of the text towers, by the names of their folders."""
+        return {
+            name: of_kind(self.configs[name], CLIPTextConfig, str(self.directory / name))
+            for name in self.text_encoders
+        }
+
+    def component(self, name: str, *, dtype: Any | None = None) -> Component[ModelConfig]:
         """Loads one network; raises InputError where the pipeline has none of this name."""
         directory = component_dir(self.directory, name)
         return load_component(directory, dtype=self.dtype if dtype is None else dtype)
@@ -81,7 +101,7 @@ class PipelineParts:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | TokenizerPair:
         found = [
-            load_fitting(self.component_dir(name), self.configs[name.replace("tokenizer", "text_encoder")])
+            load_fitting(self.component_dir(name), self.towers[name.replace("tokenizer", "text_encoder")])
             for name in self.family.tokenizers
         ]
         return found[0] if len(found) == 1 else TokenizerPair(*found)
@@ -240,27 +260,28 @@ def write_pipeline(
     All is written next to `directory` and renamed at the end. Raises InputError for a directory that is not
     empty or cannot be written, and for parts that are missing, wrong, or do not fit each other.
     """
-    parts: dict[str, Component | Path | None] = {
+    given: dict[str, Component | Path | None] = {
         "unet": unet, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2,
         "vae_tiny": vae_tiny, "clip": clip,
     }  # fmt: skip
-    family, zeros, tokenizers = STABLE_DIFFUSION, False, {}
+    family, zeros = STABLE_DIFFUSION, False
+    tokenizers: dict[str, str | Path] = {}
     if base is not None:
         family, zeros = base.family, base.zero_null
         tokenizers = {name: base.component_dir(name) for name in family.tokenizers}
-        for name, part in parts.items():
-            if part is None and name in base.configs:
-                parts[name] = base.component_dir(name)
+        for name, part_given in given.items():
+            if part_given is None and name in base.configs:
+                given[name] = base.component_dir(name)
         scheduler = scheduler or base.scheduler
     if tokenizer_dir is not None:
         tokenizers["tokenizer"] = tokenizer_dir
-    missing = [name for name in family.networks if parts[name] is None]
+    missing = [name for name in family.networks if given[name] is None]
     missing += ["tokenizer_dir"] * (not tokenizers) + ["scheduler"] * (scheduler is None)
-    if missing:
+    if missing or scheduler is None:
         raise InputError(f"a pipeline needs {', '.join(missing)}, or a base to take them from")
     if text_encoder_2 is not None and "text_encoder_2" not in family.parts:
         raise InputError(f"a {family.pipeline_class} has no text_encoder_2")
-    parts = {name: part for name, part in parts.items() if part is not None}
+    parts = {name: part for name, part in given.items() if part is not None}
     configs = {
         name: part.config if isinstance(part, Component) else load_config(part)
         for name, part in parts.items()
@@ -274,19 +295,19 @@ def write_pipeline(
         for name, part in parts.items():
             (partial / name).mkdir()
             component = part if isinstance(part, Component) else load_component(part)
-            kept = dtype is None and not isinstance(part, Component)
+            kept = None if dtype is not None or isinstance(part, Component) else part
             write_component(
                 partial / name,
                 component.config,
                 component.params,
                 dtype=dtype,
                 orbax=orbax,
-                declared=declared_dtype(part) if kept else None,
+                declared=None if kept is None else declared_dtype(kept),
             )
             del component  # before the next one is read
         clip = parts.get("clip")
         if isinstance(clip, Component):
-            side = clip.config.vision_config.image_size
+            side = of_kind(clip.config, CLIPConfig, "clip").vision_config.image_size
             write_preprocessor(partial / "clip", CLIPImageConfig(size=side, crop_size=side))
         elif clip is not None:
             copy_clip_files(Path(clip), partial / "clip")

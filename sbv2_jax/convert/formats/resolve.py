@@ -33,7 +33,7 @@ def resolve(path_or_id: str | Path, stems: Sequence[str] = _STEMS) -> Path:
         return _BUNDLED
     match = _SINGLE_FILE.fullmatch(str(path_or_id))
     if match and not _is_directory(path_or_id):
-        return directory_of(match["file"], match["base"] and resolve(match["base"]))
+        return directory_of(match["file"], resolve(match["base"]) if match["base"] else None)
     path = Path(path_or_id).expanduser()
     if not str(path_or_id).strip():
         raise InputError("the name of a model is empty")
@@ -53,7 +53,7 @@ def resolve(path_or_id: str | Path, stems: Sequence[str] = _STEMS) -> Path:
 def is_single_file(name: str | Path) -> bool:
     """Whether what has this name is a checkpoint in one file, named without a base."""
     match = _SINGLE_FILE.fullmatch(str(name))
-    return bool(match) and match["base"] is None and not _is_directory(name)
+    return match is not None and match["base"] is None and not _is_directory(name)
 
 
 def _is_directory(name: str | Path) -> bool:

@@ -153,4 +153,4 @@ def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor: Callable[[st
             array = np.asarray(tensor(name), order="C")
             if (array.dtype, array.shape) != (DTYPES[infos[name].dtype], infos[name].shape):
                 raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {infos[name]}")
-            file.write(array.reshape(-1).view(np.uint8))
+            file.write(array.reshape(-1).view(np.uint8).data)

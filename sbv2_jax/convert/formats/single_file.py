@@ -25,9 +25,11 @@ from sbv2_jax.devices.cache import user_cache
 from sbv2_jax.diffusion.schedule import PREDICTION_TYPES, ScheduleConfig
 from sbv2_jax.errors import InputError, listed
 from sbv2_jax.models import published
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.clip import CLIPTextConfig
+from sbv2_jax.models.config import ModelConfig, of_kind
 from sbv2_jax.models.registry import class_of, network
 from sbv2_jax.models.unet import UNetConfig
+from sbv2_jax.models.vae import VAEConfig
 
 _UNET = ("model.diffusion_model.", "diffusion_model.", "")
 _VAE = ("first_stage_model.", "vae.")
@@ -103,8 +105,17 @@ def convert(
         return
     opened = open_pipeline(base)
     networks = _read(file, {name: opened.configs[name] for name in opened.family.networks})
-    scheduler = _scheduler(file, opened.scheduler, networks["unet"].config, prediction_type)
-    write_pipeline(out, base=opened, scheduler=scheduler, dtype=dtype, **networks)
+    scheduler = _scheduler(file, opened.scheduler, opened.unet, prediction_type)
+    write_pipeline(
+        out,
+        base=opened,
+        scheduler=scheduler,
+        dtype=dtype,
+        unet=networks["unet"],
+        vae=networks.get("vae"),
+        text_encoder=networks.get("text_encoder"),
+        text_encoder_2=networks.get("text_encoder_2"),
+    )
 
 
 def directory_of(file: str | Path, base: Path | None = None, like: UNetConfig | None = None) -> Path:
@@ -137,7 +148,7 @@ def directory_of(file: str | Path, base: Path | None = None, like: UNetConfig | 
     return out
 
 
-def read_unet(file: Path, like: UNetConfig | None) -> Component:
+def read_unet(file: Path, like: UNetConfig | None) -> Component[ModelConfig]:
     """Reads the UNet of a file, of this configuration or, without one, of the family whose shapes it has."""
     infos = read_header(file)
     prefix = _unet_prefix(file, infos)
@@ -156,7 +167,7 @@ def read_unet(file: Path, like: UNetConfig | None) -> Component:
     return _read(file, {"unet": like})["unet"]
 
 
-def _read(file: Path, configs: Mapping[str, ModelConfig]) -> dict[str, Component]:
+def _read(file: Path, configs: Mapping[str, ModelConfig]) -> dict[str, Component[ModelConfig]]:
     """Reads the networks of these configurations that the file has; raises InputError for what does not fit."""
     infos = read_header(file)
     plans: dict[str, dict[str, _Taken]] = {}
@@ -193,8 +204,9 @@ def _plan(
         return plan, {taken.name for taken in plan.values()}
     if part == "vae":
         prefix = next((one for one in _VAE if _has(infos, one)), None)
-        if prefix is None or class_of(config) != "AutoencoderKL":
+        if prefix is None or not isinstance(config, VAEConfig):
             return {}, set()
+        shapes: dict[str, tuple[tuple[int, ...], ...]]
         shapes = {name: (shape,) for name, shape in _shapes(config).items()}
         for name, (shape,) in shapes.items():
             if ".attentions." in name and len(shape) == 2:  # a convolution in the original code
@@ -204,7 +216,8 @@ def _plan(
     for prefix, openclip in _TOWERS[part].items():
         own = {name for name in infos if name.startswith(prefix)}
         if own and openclip:
-            return _openclip(config, prefix), own & _known_openclip(config, prefix, own)
+            tower = of_kind(config, CLIPTextConfig, f"the {part} for {file}")
+            return _openclip(tower, prefix), own & _known_openclip(tower, prefix, own)
         if own:
             today = current_names(class_of(config), [name.removeprefix(prefix) for name in own], str(file))
             names = {new: prefix + old for old, new in today.items()}
@@ -217,7 +230,7 @@ def _plan(
     return {}, set()
 
 
-def _unet(config: UNetConfig, infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, _Taken]:
+def _unet(config: ModelConfig, infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, _Taken]:
     shapes = _shapes(config)
     original = f"{prefix}input_blocks.0.0.weight" in infos
     names = unet_names(shapes) if original else {}
@@ -229,7 +242,7 @@ def _openclip(config: ModelConfig, prefix: str) -> dict[str, _Taken]:
     return {name: _Taken(prefix + one.name, (one.shape,), one) for name, one in sources.items()}
 
 
-def _known_openclip(config: ModelConfig, prefix: str, names: set[str]) -> set[str]:
+def _known_openclip(config: CLIPTextConfig, prefix: str, names: set[str]) -> set[str]:
     """Returns the names of an OpenCLIP tower's file that are its parameters, or that this tower does not use.
 
     Stable Diffusion 2 takes the last layer but one, so that the file holds a layer more than the tower.
@@ -247,7 +260,7 @@ def _known_openclip(config: ModelConfig, prefix: str, names: set[str]) -> set[st
 
 def _component(
     file: Path, infos: Mapping[str, TensorInfo], config: ModelConfig, plan: Mapping[str, _Taken]
-) -> Component:
+) -> Component[ModelConfig]:
     wanted = {taken.name for taken in plan.values()}
     read = dict(
         read_tensors(file, {name: info for name, info in infos.items() if name in wanted}, mapped=True)

@@ -166,7 +166,8 @@ _OTHER_ROLES = ("alpha", "dora_scale", "magnitude")
 
 def _product(tensors: _Layer) -> Product | None:
     """Returns the update that tensors other than a plain pair make, or None."""
-    roles, product = set(tensors), None
+    roles = set(tensors)
+    product: Product | None = None
     if roles == {"down", "mid", "up"}:
         product = LoCon(**tensors)
     elif roles == set(LOHA) or roles == set(LOHA[:4]):
@@ -194,18 +195,14 @@ def _pair(down: np.ndarray, up: np.ndarray) -> str | None:
 def _magnitude(tensors: _Layer) -> tuple[np.ndarray | None, str | None]:
     """Returns a layer's DoRA magnitudes as `Lora` has them, and what is wrong with them."""
     peft, lycoris = tensors.get("magnitude"), tensors.get("dora_scale")
-    if peft is None and lycoris is None:
+    found = lycoris if peft is None else peft
+    if found is None:
         return None, None
     if peft is not None and lycoris is None and peft.size and max(peft.shape, default=0) == peft.size:
         return peft.reshape(-1, 1), None
-    if (
-        peft is None
-        and lycoris.ndim in (2, 4)
-        and 1 in lycoris.shape[:2]
-        and lycoris.shape[2:] in ((), (1, 1))
-    ):
-        return lycoris.reshape(lycoris.shape[:2]), None
-    return None, f"has DoRA's magnitudes of shape {(lycoris if peft is None else peft).shape}"
+    if peft is None and found.ndim in (2, 4) and 1 in found.shape[:2] and found.shape[2:] in ((), (1, 1)):
+        return found.reshape(found.shape[:2]), None
+    return None, f"has DoRA's magnitudes of shape {found.shape}"
 
 
 def _number(alpha: np.ndarray | None) -> str | None:
@@ -254,7 +251,8 @@ def _scales(
 
     def scale(layer: str, value: float | str) -> float:
         # LoKr of two whole matrices has no rank, and LyCORIS no strength for it.
-        return 1.0 if value == _ALPHA_IS_RANK or ranks[layer] is None else float(value) / ranks[layer]
+        rank = ranks[layer]
+        return 1.0 if value == _ALPHA_IS_RANK or rank is None else float(value) / rank
 
     of_tensors = {
         layer: scale(layer, float(tensors["alpha"].reshape(())))

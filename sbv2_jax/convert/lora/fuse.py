@@ -105,15 +105,18 @@ def fuse_model(model: Model, requests: Sequence[Request], alpha: float | str | N
             )
         for part, lora in loras.items():
             found.setdefault(part, []).append((lora, request.strength))
-    fused, networks = {}, {"unet": model.unet, **model.text_encoders}
+    unet, text_encoders = model.unet, dict(model.text_encoders)
     for part, several in found.items():
-        component = networks.get(part) or load_component(towers[part])
-        loras, strengths = zip(*several, strict=True)
-        for lora in loras:
-            require_fit(lora, component.params, f"the {part} of {model.name}")
-        fused[part] = Component(component.config, fuse(component.params, *loras, strengths=strengths))
-    unet = fused.pop("unet", model.unet)
-    return dataclasses.replace(model, unet=unet, text_encoders={**model.text_encoders, **fused})
+        component = unet if part == "unet" else text_encoders.get(part) or load_component(towers[part])
+        its, strengths = zip(*several, strict=True)
+        for one in its:
+            require_fit(one, component.params, f"the {part} of {model.name}")
+        params = fuse(component.params, *its, strengths=strengths)
+        if part == "unet":
+            unet = Component(unet.config, params)
+        else:
+            text_encoders[part] = Component(component.config, params)
+    return dataclasses.replace(model, unet=unet, text_encoders=text_encoders)
 
 
 def fuse_file(

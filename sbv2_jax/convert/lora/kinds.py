@@ -86,8 +86,9 @@ class LoKr(NamedTuple):
         return (first[0] * second[0], first[1] * second[1], *second[2:])
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        first = _product_shape(self.w1_a, self.w1_b, None) if self.w1 is None else self.w1.shape
-        return first, _product_shape(self.w2_a, self.w2_b, self.t2) if self.w2 is None else self.w2.shape
+        first = _product_shape(*_both(self.w1_a, self.w1_b), None) if self.w1 is None else self.w1.shape
+        second = _product_shape(*_both(self.w2_a, self.w2_b), self.t2) if self.w2 is None else self.w2.shape
+        return first, second
 
     def fits(self) -> bool:
         lows = ((self.w1, self.w1_a, self.w1_b, None), (self.w2, self.w2_a, self.w2_b, self.t2))
@@ -100,12 +101,19 @@ class LoKr(NamedTuple):
         return (2 if self.w1 is None else self.w1.ndim) == 2
 
     def delta(self) -> np.ndarray:
-        first = _product(self.w1_a, self.w1_b, None) if self.w1 is None else self.w1
-        second = _product(self.w2_a, self.w2_b, self.t2) if self.w2 is None else self.w2
+        first = _product(*_both(self.w1_a, self.w1_b), None) if self.w1 is None else self.w1
+        second = _product(*_both(self.w2_a, self.w2_b), self.t2) if self.w2 is None else self.w2
         return np.kron(first.reshape(*first.shape, *(1,) * (second.ndim - 2)), second)
 
 
 Product = LoCon | LoHa | LoKr
+
+
+def _both(a: np.ndarray | None, b: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the factors of a matrix that is not whole; raises ValueError where it does not fit."""
+    if a is None or b is None:
+        raise ValueError("a matrix of a LoKr is neither whole nor a product of two")
+    return a, b
 
 
 def _product_fits(a: np.ndarray, b: np.ndarray, core: np.ndarray | None) -> bool:

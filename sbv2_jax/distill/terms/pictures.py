@@ -6,8 +6,10 @@ import jax
 
 from sbv2_jax.distill.player import Setting
 from sbv2_jax.errors import InputError
+from sbv2_jax.models.config import AutoencoderConfig, of_kind
 from sbv2_jax.models.registry import network
 from sbv2_jax.models.tiny_vae import TinyVAEConfig
+from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.tree import Params
 
 Decode = Callable[[Params, jax.Array], jax.Array]
@@ -19,15 +21,17 @@ def decoder(setting: Setting, name: str, field: str) -> Decode:
     `name` is that of the frozen decoder, a tiny or a full one, and `field` the configuration's for messages.
     Raises InputError for a decoder of other latents than the teacher's.
     """
-    part, channels = setting.parts[name], setting.parts["teacher"].config.out_channels
-    if part.config.latent_channels != channels:
+    part = setting.parts[name]
+    channels = of_kind(setting.parts["teacher"].config, UNetConfig, "the teacher").out_channels
+    config = of_kind(part.config, AutoencoderConfig, f"{part.directory} ({field})")
+    if config.latent_channels != channels:
         raise InputError(
-            f"{part.directory} ({field}) decodes {part.config.latent_channels} latent channels; the teacher has "
+            f"{part.directory} ({field}) decodes {config.latent_channels} latent channels; the teacher has "
             f"{channels}"
         )
-    vae = network(part.config)
+    vae = network(config)
     # A tiny autoencoder works on scaled latents; the full one's scale is undone first.
-    scale = 1.0 if isinstance(part.config, TinyVAEConfig) else part.config.scaling_factor
+    scale = 1.0 if isinstance(config, TinyVAEConfig) else config.scaling_factor
 
     def decode(params: Params, latents: jax.Array) -> jax.Array:
         return vae.apply(params, latents.astype(setting.compute_dtype) / scale, method="decode")

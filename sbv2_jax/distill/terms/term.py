@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
     reader: str
     field: str
-    count: int
+    count: int  # type: ignore[assignment]  # in the place of a tuple's method, which nobody calls
     columns: Mapping[str, Column]
 
 
@@ -75,6 +75,9 @@ class Given(NamedTuple):
     prepared: Any = None
 
 
+Prepare = Callable[[Given, jax.Array], Any]
+
+
 class Term:
     """One term of the student's objective; a subclass has a name and a `loss`, and overrides what else it needs.
 
@@ -91,7 +94,7 @@ class Term:
     passes: int = 1
     # `prepare(given, x)` returns what `loss` is given as `given.prepared`, [B, ...]: without gradient, and as a
     # stage of its own. None where nothing is prepared.
-    prepare: Callable[[Given, jax.Array], Any] | None = None
+    prepare: Prepare | None = None
 
     @classmethod
     def sources(cls, config: ConfigDict) -> dict[str, Source]:

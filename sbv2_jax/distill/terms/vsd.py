@@ -84,7 +84,7 @@ class VSD(Term):
     name: ClassVar[str] = "vsd"
     players: ClassVar[tuple[type[Player], ...]] = (Score,)
 
-    score: Score
+    score: Player
     scale: float = 1.0
     guidance: float | tuple[float, float] = 4.5
     score_guidance: float = 4.5
@@ -136,8 +136,9 @@ class VSD(Term):
         schedule = score.schedule
         x_t = rounded(add_noise(schedule, x, noise.noise, noise.t), score.compute_dtype)
         null = like(given.frozen["null_text"], text)
-        ranged = noise.guidance is not None
-        both = ((ranged or is_guided(self.guidance), 0.0), (is_guided(self.score_guidance), score.lora_scale))
+        guidance = noise.guidance if isinstance(self.guidance, tuple) else self.guidance
+        ranged = isinstance(self.guidance, tuple)
+        both = ((ranged or is_guided(guidance), 0.0), (is_guided(self.score_guidance), score.lora_scale))
         passes = [(rows, scale) for two, scale in both for rows in ((text, null) if two else (text,))]
         output = score.network.apply(
             score.weights(given.params[score.name], given.frozen),
@@ -154,7 +155,7 @@ class VSD(Term):
                 conditional = classifier_free_guidance(conditional, next(rows), guidance)
             return to_epsilon(schedule, conditional, x_t, noise.t)
 
-        teacher_epsilon = guided(both[0][0], noise.guidance if ranged else self.guidance)
+        teacher_epsilon = guided(both[0][0], guidance)
         score_epsilon = guided(both[1][0], self.score_guidance)
         return vsd_gradient(schedule, self.weighting, x, x_t, noise.t, teacher_epsilon, score_epsilon)
 

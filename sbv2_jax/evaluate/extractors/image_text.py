@@ -64,7 +64,7 @@ class ImageText:
 
 
 def image_text(
-    clip: Component,
+    clip: Component[CLIPConfig],
     tokenizer: Tokenizer,
     image: CLIPImageConfig,
     *,
@@ -130,7 +130,9 @@ def open_clip(
     )
 
 
-def _open(path: str | Path, weights: str | Path | None) -> tuple[Path, Component, CLIPImageConfig]:
+def _open(
+    path: str | Path, weights: str | Path | None
+) -> tuple[Path, Component[CLIPConfig], CLIPImageConfig]:
     directory = _directory(path, weights)
     if weights is not None or _has_openclip(directory):
         return directory, *openclip.load(directory, weights=weights)
@@ -138,7 +140,8 @@ def _open(path: str | Path, weights: str | Path | None) -> tuple[Path, Component
     if not isinstance(found.config, CLIPConfig):
         raise InputError(f"{directory} holds a {type(found.config).__name__}, a whole CLIP is expected")
     preprocessor = file_of(directory, PREPROCESSOR)
-    return directory, found, CLIPImageConfig.from_dict(read_json(preprocessor), str(preprocessor))
+    clip = Component(found.config, found.params)
+    return directory, clip, CLIPImageConfig.from_dict(read_json(preprocessor), str(preprocessor))
 
 
 def _directory(path: str | Path, weights: str | Path | None) -> Path:
@@ -155,7 +158,7 @@ def _has_openclip(directory: Path) -> bool:
     return (directory / openclip.CONFIG).exists() and any(directory.glob(f"{openclip.STEM}*.safetensors"))
 
 
-def _fingerprint(clip: Component, image: CLIPImageConfig, resized: Resize) -> str:
+def _fingerprint(clip: Component[CLIPConfig], image: CLIPImageConfig, resized: Resize) -> str:
     return fingerprint(clip.params, clip.config.to_dict(), image.to_dict(), resized.__name__)
 
 

@@ -20,7 +20,7 @@ from sbv2_jax.evaluate import resize
 from sbv2_jax.evaluate.extractors.extractor import Extractor, Resize
 from sbv2_jax.evaluate.extractors.program import PER_DEVICE, Program, fingerprint
 from sbv2_jax.models import dinov2, inception
-from sbv2_jax.models.config import ModelConfig
+from sbv2_jax.models.config import C, of_kind
 from sbv2_jax.models.efficientnet import LITE0, LITE2, EfficientNetLiteConfig
 from sbv2_jax.models.registry import network
 from sbv2_jax.tree import Params
@@ -162,12 +162,10 @@ def _of_wheel(wheel: _Wheel, path: str | Path | None) -> dict[str, np.ndarray]:
     return params_from_torch(tensors, network(wheel.config).shapes, str(path))
 
 
-def _loaded(path: str | Path, kind: type[ModelConfig]) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+def _loaded(path: str | Path, kind: type[C]) -> tuple[C, dict[str, np.ndarray]]:
     directory = resolve(path)
     found = load_component(directory)
-    if not isinstance(found.config, kind):
-        raise InputError(f"{directory} holds a {type(found.config).__name__}, a {kind.__name__} is expected")
-    return found.config, found.params
+    return of_kind(found.config, kind, str(directory)), found.params
 
 
 NETWORKS: dict[str, Callable[..., Extractor]] = {

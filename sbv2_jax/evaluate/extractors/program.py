@@ -92,7 +92,7 @@ def fingerprint(params: Mapping[str, np.ndarray], *settings: object) -> str:
     for name in sorted(params):
         array = np.asarray(params[name], order="C")
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -49,5 +49,5 @@ class DensityCoverage(Metric):
         (real,) = features(self.k + 1, real=real)
         return features(real=real, fake=fake)
 
-    def _inside(self, real: np.ndarray, fake: np.ndarray):
+    def _inside(self, real: np.ndarray, fake: np.ndarray) -> np.ndarray:
         return inside(fake, real, nearest_others(real, self.k)[0][:, -1], edge=False)

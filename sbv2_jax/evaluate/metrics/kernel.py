@@ -22,7 +22,8 @@ class Kernel(Metric):
         return {"kernel": kernel_distance(real, fake)}
 
     def resampled(self, weights, *, real, fake):
-        return {"kernel": discrepancies(_cubic, *features(real=real, fake=fake), weights)}
+        real, fake = features(real=real, fake=fake)
+        return {"kernel": discrepancies(_cubic, real, fake, weights)}
 
 
 def kernel_distance(

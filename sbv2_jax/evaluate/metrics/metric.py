@@ -1,8 +1,8 @@
 """A metric: which columns it reads, what it measures of them, and how it is measured again on a resample."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from sbv2_jax.errors import InputError, listed
 # The columns that have a row for each generated picture; a resample weighs these rows.
 OF_FAKES = ("fake", "probabilities", "similarity", "prompts")
 
-Better = Mapping[str, Literal["higher", "lower"] | None]
+Way = Literal["higher", "lower"]
+Better = Mapping[str, Way | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,5 +108,5 @@ def _finite(name: str, column: np.ndarray) -> None:
         )
 
 
-def _all(items) -> str:
+def _all(items: Iterable[Any]) -> str:
     return " and ".join(map(str, items))

@@ -81,7 +81,9 @@ def write_bundle(
     """
     fresh = directory.with_name(f"{directory.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    save_pipeline(fresh, tokenizer_dir=tokenizer_dir, scheduler=SCHEDULER, dtype="float16", **components)
+    save_pipeline(
+        fresh, base=None, tokenizer_dir=tokenizer_dir, scheduler=SCHEDULER, dtype="float16", **components
+    )
     for path in (fresh / "tokenizer").iterdir():
         shutil.copyfile(path, fresh / "clip" / path.name)
     for name in ("text_encoder", "clip"):

@@ -1,7 +1,8 @@
 """Two CLIPs of the world: one whose text tower conditions the UNet, one for the clamped loss."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from sbv2_jax.models.tokenizer import Tokenizer
 from sbv2_jax.openmoji.pretrain.loop import Loss, Metrics, split_rows
 from sbv2_jax.openmoji.pretrain.losses import contrastive_loss
 from sbv2_jax.openmoji.pretrain.pictures import in_batches, to_float
-from sbv2_jax.tree import Params
+from sbv2_jax.tree import Arrays, Params
+
+T = TypeVar("T")
 
 _MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al., 2021, section 2.5
 
@@ -76,7 +79,7 @@ def _rows(group: jax.Array, member: jax.Array, inputs: Any, batch: int, twins: i
 
 
 def accuracy(
-    network: Network, params: Params, ids: np.ndarray, image_size: int, pictures: np.ndarray
+    network: Network, params: Arrays, ids: np.ndarray, image_size: int, pictures: np.ndarray
 ) -> float:
     """Returns the share of uint8 pictures [N, H, W, 3] whose own caption, of all ids [N, S], fits them best."""
 
@@ -94,6 +97,6 @@ def accuracy(
     return float(np.mean(cosine.argmax(1) == np.arange(len(ids))))
 
 
-def text_tower(params: Params) -> Params:
+def text_tower(params: Mapping[str, T]) -> dict[str, T]:
     """Returns the parameters of the text tower alone, those of a `CLIPTextModel`."""
     return {name: leaf for name, leaf in params.items() if name.startswith("text_model.")}

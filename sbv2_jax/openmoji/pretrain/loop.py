@@ -20,7 +20,7 @@ from sbv2_jax.distill.ema import ema_decay
 from sbv2_jax.run.guard import Guard
 from sbv2_jax.run.log import MetricsLog
 from sbv2_jax.run.preemption import Preempted, Preemption
-from sbv2_jax.tree import Params, lerp
+from sbv2_jax.tree import Arrays, Params, lerp
 
 _LAST_OF_BRANCH = re.compile(r"(.*\.(conv2|conv\.4|proj_out|to_out\.0)|conv_out)\.kernel")
 _HIDDEN_KERNEL = re.compile(r"(?!(.*\.)?(conv_in|conv_out|patch_embedding)\.).*\.kernel")
@@ -47,7 +47,7 @@ class Stage:
     init: Callable[[], Mapping[str, np.ndarray]]
     inputs: Any
     settings: ConfigDict
-    preview: Callable[[Params], None]
+    preview: Callable[[Arrays], None]
     fingerprint: str
 
 
@@ -275,7 +275,7 @@ def quiet_branches(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def digest(*values: str | Mapping[str, np.ndarray]) -> str:
+def digest(*values: str | Arrays) -> str:
     """Returns one SHA-256 over texts and parameters, to name what a stage builds upon."""
     total = hashlib.sha256()
     for value in values:

@@ -9,17 +9,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sbv2_jax.convert.formats.component import Component
+from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig
+from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.network import Network
 from sbv2_jax.models.registry import network
+from sbv2_jax.models.tiny_vae import TinyVAEConfig
 from sbv2_jax.models.tokenizer import Tokenizer
 from sbv2_jax.models.unet import UNetConfig
+from sbv2_jax.models.vae import VAEConfig
 from sbv2_jax.openmoji import world as openmoji
 from sbv2_jax.openmoji.pretrain import clip, grids, unet, vae
 from sbv2_jax.openmoji.pretrain.dataset import World, validation_pictures
 from sbv2_jax.openmoji.pretrain.loop import Shared, Stage, digest, quiet_branches, train
 from sbv2_jax.openmoji.pretrain.pictures import in_batches, to_float, to_uint8
 from sbv2_jax.openmoji.render import RESOLUTION
-from sbv2_jax.tree import Params
+from sbv2_jax.tree import Arrays
 
 _HELD_OUT, _IN_GRID = 256, 32  # pictures of the figures, and how many of them a grid shows
 _PROMPTS = {"seen": 16, "recombined": 8, "held_out": 8}
@@ -40,15 +44,15 @@ class Stages:
         )
         self._text_print = digest(world.fingerprint, repr(tokenizer), str(config.tokenizer.to_dict()))
 
-    def component(self, name: str) -> Component:
+    def component(self, name: str) -> Component[ModelConfig]:
         """Returns the trained `vae`, `vae_tiny`, `text_encoder`, `clip` or `unet`."""
         return getattr(self, f"_{name}")
 
     @functools.cached_property
-    def _vae(self) -> Component:
+    def _vae(self) -> Component[VAEConfig]:
         settings, net = self.config.vae, self._vae_net
 
-        def preview(params: Params) -> None:
+        def preview(params: Arrays) -> None:
             real = self._validation[:_IN_GRID]
             self._write_vae_grid(self._reconstruct(params, real))
 
@@ -72,7 +76,7 @@ class Stages:
         factor = self._vae.config.scaling_factor  # trains the autoencoder, if that is still to do
         return self._latents * np.float32(factor)
 
-    def _cached_means(self, params: Params) -> np.ndarray:
+    def _cached_means(self, params: Arrays) -> np.ndarray:
         path, name = self.workdir / "vae" / "latents.npz", digest(params)
         if path.exists():
             with np.load(path) as stored:
@@ -85,11 +89,11 @@ class Stages:
         return latents
 
     @functools.cached_property
-    def _vae_tiny(self) -> Component:
+    def _vae_tiny(self) -> Component[TinyVAEConfig]:
         settings, large, net = self.config.vae_tiny, self._vae, self._tiny_net
         row = self._reconstruct(large.params, self._validation[:_IN_GRID])
 
-        def preview(params: Params) -> None:
+        def preview(params: Arrays) -> None:
             self._write_vae_grid(row, self._decode_small(params, self._validation[:_IN_GRID]))
 
         params = train(
@@ -107,16 +111,16 @@ class Stages:
         return Component(vae.tiny_config(settings, large.config.latent_channels), params)
 
     @functools.cached_property
-    def _clip_text(self) -> Component:
+    def _clip_text(self) -> Component[CLIPTextConfig]:
         """The text tower of the first CLIP; the rest of that CLIP has done its work."""
         whole = self._train_clip("text_encoder", seed=self.config.seed + 2)
         return Component(whole.config.text_config, clip.text_tower(whole.params))
 
     @functools.cached_property
-    def _clip(self) -> Component:
+    def _clip(self) -> Component[CLIPConfig]:
         return self._train_clip("clip", seed=self.config.seed + 3)
 
-    def _train_clip(self, name: str, seed: int) -> Component:
+    def _train_clip(self, name: str, seed: int) -> Component[CLIPConfig]:
         settings = self.config[name]
         config = clip.clip_config(settings, self.tokenizer, RESOLUTION)
         net = network(config)
@@ -135,16 +139,16 @@ class Stages:
         return Component(config, params)
 
     @functools.cached_property
-    def _unet(self) -> Component:
+    def _unet(self) -> Component[UNetConfig]:
         return Component(self._unet_config, unet.split(self._denoiser)[0])
 
     @functools.cached_property
-    def _text_encoder(self) -> Component:
+    def _text_encoder(self) -> Component[CLIPTextConfig]:
         """The text tower as the training of the UNet leaves it."""
         return Component(self._clip_text.config, unet.split(self._denoiser)[1])
 
     @functools.cached_property
-    def _denoiser(self) -> Params:
+    def _denoiser(self) -> dict[str, np.ndarray]:
         """The joined parameters of the UNet and its text tower."""
         settings, large, text = self.config.unet, self._vae, self._clip_text
         net = network(self._unet_config)
@@ -209,18 +213,18 @@ class Stages:
         )
         return jax.jit(unet.sampler(*nets, null, self.config.unet))
 
-    def _reconstruct(self, params: Params, pictures: np.ndarray) -> np.ndarray:
+    def _reconstruct(self, params: Arrays, pictures: np.ndarray) -> np.ndarray:
         """Returns uint8 pictures through the autoencoder, whose latents may be standardised or not."""
         latents = in_batches(self._encode, params, pictures)
         return to_uint8(in_batches(self._decode, params, latents))
 
-    def _decode_small(self, params: Params, pictures: np.ndarray) -> np.ndarray:
+    def _decode_small(self, params: Arrays, pictures: np.ndarray) -> np.ndarray:
         """Returns uint8 pictures, encoded by the autoencoder and decoded by the tiny one."""
         large = self._vae
         latents = in_batches(self._encode, large.params, pictures) * np.float32(large.config.scaling_factor)
         return to_uint8(in_batches(self._decode_tiny, params, latents))
 
-    def _draw(self, params: Params, captions: list[str]) -> np.ndarray:
+    def _draw(self, params: Arrays, captions: list[str]) -> np.ndarray:
         """Returns one sample of joined parameters for each caption, uint8 [N, H, W, 3], from always the same noise."""
         large, rows = self._vae, (self.tokenizer.encode(captions), unet.noise(len(captions), self._latents))
         latents = in_batches(self._sample, params, rows)
@@ -229,7 +233,7 @@ class Stages:
     def _write_vae_grid(self, *rows: np.ndarray) -> None:
         grids.write_rows(self.workdir / "grid_vae.png", self._validation[:_IN_GRID], *rows)
 
-    def _write_unet_grid(self, params: Params) -> None:
+    def _write_unet_grid(self, params: Arrays) -> None:
         prompts = [
             one for kind, count in _PROMPTS.items() for one in openmoji.prompts(kind, count, "validation")
         ]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from sbv2_jax.convert.formats.files import new_directory, write_json
 
@@ -38,7 +39,7 @@ def _merges(captions: Iterable[str], vocab_size: int) -> list[tuple[str, str]]:
     from transformers import CLIPTokenizer
 
     # Words are to be cut as the reader will cut them, so its own normaliser and splitter do it.
-    reader = CLIPTokenizer()._tokenizer
+    reader: Any = CLIPTokenizer()._tokenizer
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_SUFFIX))
     tokenizer.normalizer, tokenizer.pre_tokenizer = reader.normalizer, reader.pre_tokenizer
     trainer = trainers.BpeTrainer(

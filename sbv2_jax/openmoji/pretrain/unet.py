@@ -5,8 +5,8 @@ frozen states hardly learns where things are. So both are trained (as by Rombach
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.openmoji.pretrain.loop import Loss, Metrics, draw_rows
 from sbv2_jax.openmoji.pretrain.losses import velocity_loss
 from sbv2_jax.tree import Params
+
+T = TypeVar("T")
 
 # Stable Diffusion's noise. The network predicts v: at T - 1 an epsilon prediction would be divided by
 # a_T = 0.07 to give x0, which is just what a one-step student is asked for. Samplers start at T - 1.
@@ -62,14 +64,14 @@ def unet_config(
     )
 
 
-def join(network: Params, text: Params) -> Params:
+def join(network: Mapping[str, T], text: Mapping[str, T]) -> dict[str, T]:
     """Returns the parameters of the UNet and of the text tower as one dictionary, to be trained together."""
     return {f"{_UNET}{name}": leaf for name, leaf in network.items()} | {
         f"{_TEXT}{name}": leaf for name, leaf in text.items()
     }
 
 
-def split(params: Params) -> tuple[Params, Params]:
+def split(params: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
     """Returns the parameters of the UNet and of the text tower, from `join`."""
     unet, text = (
         {name.removeprefix(prefix): leaf for name, leaf in params.items() if name.startswith(prefix)}
