@@ -87,21 +87,23 @@ class UNetConfig(ModelConfig):
         for name in ("down_block_types", "up_block_types"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name} must have {levels} entries, one for each of block_out_channels")
-        for name, allowed in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            if unknown := set(getattr(self, name)) - set(allowed):
-                raise ValueError(f"{name} has unsupported {sorted(unknown)}; supported: {list(allowed)}")
-        for name, allowed in (
-            ("mid_block_type", _MID),
-            ("act_fn", tuple(ACTIVATIONS)),
-            ("addition_embed_type", (None, "text_time")),
-            ("downsample_padding", (0, 1)),
-        ):
+        for name, types in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+            if unknown := set(getattr(self, name)) - set(types):
+                raise ValueError(f"{name} has unsupported {sorted(unknown)}; supported: {list(types)}")
+        supported: dict[str, tuple[Any, ...]] = {
+            "mid_block_type": _MID,
+            "act_fn": tuple(ACTIVATIONS),
+            "addition_embed_type": (None, "text_time"),
+            "downsample_padding": (0, 1),
+        }
+        for name, allowed in supported.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported; supported: {allowed}")
         if not isinstance(self.sample_size, int | None):
             raise ValueError(
                 f"sample_size={self.sample_size!r} is not supported; supported: one whole number"
             )
+        _ = self.added_dims
         for name in (
             "layers_per_block",
             "cross_attention_dim",
@@ -111,6 +113,22 @@ class UNetConfig(ModelConfig):
         for level in range(levels):
             for side in ("down", "mid", "up"):
                 self.transformer_layers(side, level)
+
+    @property
+    def added_dims(self) -> tuple[int, int] | None:
+        """The widths of the embedding of one number of `AddedConditions`, and of all of it; None where it takes none.
+
+        Raises ValueError where the file leaves out one of the two.
+        """
+        if self.addition_embed_type is None:
+            return None
+        one, joined = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if one is None or joined is None:
+            raise ValueError(
+                f"addition_embed_type={self.addition_embed_type!r} needs addition_time_embed_dim and "
+                "projection_class_embeddings_input_dim"
+            )
+        return one, joined
 
     def per_level(self, name: str) -> tuple[int, ...]:
         """Returns a field that may be one number for all levels as one number for each."""
@@ -221,7 +239,7 @@ class _Block(Module):
     def __init__(self, execution: Execution):
         self._remat = execution.remat
 
-    def _call(self, module: nnx.Module, *args: jax.Array) -> jax.Array:
+    def _call(self, module: nnx.Module, *args: Context) -> jax.Array:
         call = type(module).__call__
         return nnx.remat(call)(module, *args) if self._remat else call(module, *args)
 
@@ -317,8 +335,8 @@ class UNet2DConditionModel(Module):
         self.config = config
         self.conv_in = Conv(config.in_channels, widths[0], 3, rngs=rngs)
         self.time_embedding = TimestepEmbedding(widths[0], time_channels, config.act_fn, rngs)
-        if config.addition_embed_type == "text_time":
-            added = config.projection_class_embeddings_input_dim
+        if config.added_dims is not None:
+            _, added = config.added_dims
             self.add_embedding = TimestepEmbedding(added, time_channels, config.act_fn, rngs)
         self.down_blocks = nnx.List(
             [DownBlock(config, level, execution, rngs) for level in range(len(widths))]
@@ -353,13 +371,13 @@ class UNet2DConditionModel(Module):
         emb = self._embed(timesteps, added, latents.dtype)
         x = self.conv_in(latents)
         skips = [x]
-        for block in self.down_blocks:
-            x, outputs = block(x, emb, context)
+        for down in self.down_blocks:
+            x, outputs = down(x, emb, context)
             skips += outputs
         if hasattr(self, "mid_block"):
             x = self.mid_block(x, emb, context)
-        for block in self.up_blocks:
-            x, skips = block(x, skips, emb, context)
+        for up in self.up_blocks:
+            x, skips = up(x, skips, emb, context)
         x = ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x))
         # In float32, to the last bit: what is rounded here is divided by a_t, 0.07 at the last timestep.
         return self.conv_out(x.astype(jnp.float32))
@@ -373,10 +391,10 @@ class UNet2DConditionModel(Module):
             )
 
         emb = self.time_embedding(sinusoids(timesteps, config.block_out_channels[0]).astype(dtype))
-        if (added is not None) != (config.addition_embed_type == "text_time"):
+        if (added is not None) != (config.added_dims is not None):
             raise ValueError(f"added conditions do not fit addition_embed_type={config.addition_embed_type}")
-        if added is not None:
-            sizes = sinusoids(added.time_ids.reshape(-1), config.addition_time_embed_dim)
+        if added is not None and config.added_dims is not None:
+            sizes = sinusoids(added.time_ids.reshape(-1), config.added_dims[0])
             sizes = sizes.reshape(added.time_ids.shape[0], -1)
             joined = jnp.concatenate([added.text_embeds, sizes.astype(added.text_embeds.dtype)], axis=-1)
             emb = emb + self.add_embedding(joined.astype(dtype))

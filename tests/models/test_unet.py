@@ -223,6 +223,7 @@ def test_bfloat16_parameters_give_a_bfloat16_forward_with_a_float32_end(rng):
         ({"down_block_types": ["KDownBlock2D"] * 4}, "KDownBlock2D"),
         ({"attention_head_dim": [5, 10]}, "attention_head_dim"),
         ({"act_fn": "mish"}, "act_fn='mish'"),
+        ({"addition_embed_type": "text_time"}, "'text_time' needs addition_time_embed_dim and projection_"),
     ],
 )
 def test_unsupported_configuration_is_an_error_that_names_the_field(change, message):
