@@ -69,6 +69,43 @@ def test_a_decoder_of_other_latents_is_refused(pipeline, tmp_path):
         assembled(config)
 
 
+def with_vae_for(folder, pipeline, directory):
+    """A pipeline with its autoencoder in the place of another network."""
+    copied = Path(shutil.copytree(pipeline, directory / "pipeline"))
+    shutil.rmtree(copied / folder)
+    return Path(shutil.copytree(copied / "vae", copied / folder)).parent
+
+
+def test_a_student_that_starts_from_no_unet_is_refused(pipeline, tmp_path):
+    config = config_of(pipeline, student__init=str(with_vae_for("unet", pipeline, tmp_path)))
+    with pytest.raises(InputError, match="unet holds a VAEConfig, a UNetConfig is expected"):
+        assembled(config)
+
+
+def test_a_clip_loss_of_no_clip_is_refused(pipeline, tmp_path):
+    odd = str(with_vae_for("clip", pipeline, tmp_path))
+    config = config_of(pipeline, clip__model=odd, clip__decoder="vae", clip__weight=0.1)
+    with pytest.raises(InputError, match=r"config\.clip\.model: .*clip is no CLIP"):
+        assembled(config)
+
+
+def test_a_term_that_reads_prompts_needs_a_clip(pipeline):
+    config = config_of(pipeline, clip__model=str(pipeline), clip__decoder="vae", clip__weight=0.1)
+    read = parts.read_parts(config)
+    assert read.term_tokenizer("clip").max_length == read.term_prompt_length("clip")
+    with pytest.raises(InputError, match="vae, of which a term reads prompts, is no CLIP"):
+        read.term_tokenizer("decoder")
+    with pytest.raises(InputError, match="decoder holds a VAEConfig, a CLIPConfig is expected"):
+        read.term_prompt_length("decoder")
+
+
+def test_the_first_weight_of_the_clip_loss_hides_no_method_of_a_term(pipeline):
+    config = config_of(pipeline, clip__model=str(pipeline), clip__decoder="vae", clip__weight=0.1)
+    (clip,) = (term for term in assembled(config).method.terms if term.name == "clip")
+    z = np.zeros((4, 8, 8, 4), np.float32)
+    assert clip.start({}, z) is z and clip.weight(0) == pytest.approx(0.1)
+
+
 def with_sample_size(pipeline, directory, size):
     """A pipeline whose UNet says this size."""
     copied = Path(shutil.copytree(pipeline, directory / "pipeline"))

@@ -12,6 +12,7 @@ from sbv2_jax.distill.player import Setting
 from sbv2_jax.distill.state import Frozen
 from sbv2_jax.distill.terms.pictures import Decode, decoder
 from sbv2_jax.distill.terms.term import Given, Source, Term
+from sbv2_jax.errors import InputError
 from sbv2_jax.models.clip_image import preprocess
 from sbv2_jax.models.registry import network
 from sbv2_jax.tree import Params
@@ -35,7 +36,7 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
 class ClampedCLIP(Term):
     """The clamped CLIP loss, whose gradient flows through CLIP, the resize and the decoder into the samples.
 
-    `image_features(params, pictures)` and `text_features(params, input_ids)` return [B, D]. `start` is its weight at
+    `image_features(params, pictures)` and `text_features(params, input_ids)` return [B, D]. `first` is its weight at
     step 0, which falls linearly to nothing over `steps` steps. The fields of the configuration's group `name` are its
     own, and the CLIP has that name; the decoder is one for all.
     """
@@ -47,7 +48,7 @@ class ClampedCLIP(Term):
     image_features: Callable[[Params, jax.Array], jax.Array]
     text_features: Callable[[Params, jax.Array], jax.Array]
     steps: int
-    start: float = 0.0
+    first: float = 0.0
     tau: float = 0.35
     passes: int = 1
 
@@ -69,6 +70,8 @@ class ClampedCLIP(Term):
             return None
         own, part = config[cls.name], setting.parts[cls.name]
         clip, image = network(part.config), part.image
+        if image is None:
+            raise InputError(f"config.{cls.name}.model: {part.directory} is no CLIP")
 
         def image_features(params: Params, pictures: jax.Array) -> jax.Array:
             pixels = preprocess(pictures, image.size, image.image_mean, image.image_std)
@@ -82,14 +85,14 @@ class ClampedCLIP(Term):
             image_features=image_features,
             text_features=text_features,
             steps=config.steps,
-            start=own.weight,
+            first=own.weight,
             tau=own.tau,
             passes=config.clip.passes,
         )
 
     def weight(self, step: jax.Array) -> jax.Array:
         """Returns its weight, which falls linearly to nothing (SwiftBrush v2, section 4.3)."""
-        return self.start * (1.0 - step / self.steps)
+        return self.first * (1.0 - step / self.steps)
 
     def encode(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the features of the prompts, [B, D]."""
