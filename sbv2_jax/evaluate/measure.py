@@ -12,7 +12,7 @@ from sbv2_jax.evaluate import features
 from sbv2_jax.evaluate.features import Networks, Seen
 from sbv2_jax.evaluate.intervals import Drawn, Interval, differences, drawn, intervals
 from sbv2_jax.evaluate.metrics.metric import Metric
-from sbv2_jax.evaluate.protocol import Panel, Protocol
+from sbv2_jax.evaluate.protocol import Panel, Protocol, Ways
 from sbv2_jax.evaluate.sources import Source
 from sbv2_jax.evaluate.verdict import Compared, Verdict, verdict
 
@@ -61,7 +61,7 @@ class Evaluation:
     comparisons: list[Comparison]
     references: dict[str, str]
     """SHA-256 of what was compared with: pictures and networks, by name."""
-    better: dict[tuple[str, str], str | None]
+    better: Ways
     """Which direction of a figure is the better one."""
 
 
@@ -145,11 +145,14 @@ def _compared(protocol: Protocol, rows: Sequence[Row], draws: Sequence[Sequence[
     for index, row in enumerate(rows):
         models[row.without_seed][row.settings.get("seed")] = index
     first, *others = models.values()
-    found, better = [], protocol.better()
+    found: list[Comparison] = []
     for other in others:
         # Pictures that are there have no seed: they are compared with each.
-        pairs = [(other.get(seed, other.get(None)), its) for seed, its in first.items()]
-        pairs = [(ours, its) for ours, its in pairs if ours is not None]
+        pairs = [
+            (ours, its)
+            for seed, its in first.items()
+            if (ours := other.get(seed, other.get(None))) is not None
+        ]
         if None in first:
             pairs = [(index, first[None]) for index in other.values()]
         if not pairs:
@@ -162,7 +165,11 @@ def _compared(protocol: Protocol, rows: Sequence[Row], draws: Sequence[Sequence[
         word = None
         if protocol.decisive:
             decisive, guarded = (
-                {" ".join(name): Compared(deltas[name], better[name]) for name in names if name in deltas}
+                {
+                    " ".join(name): Compared(deltas[name], protocol.way(name))
+                    for name in names
+                    if name in deltas
+                }
                 for names in (protocol.decisive, protocol.guarded)
             )
             word = verdict(decisive, guarded)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sbv2_jax.evaluate.metrics.metric import Metric
+from sbv2_jax.errors import InputError
+from sbv2_jax.evaluate.metrics.metric import Metric, Way
 from sbv2_jax.evaluate.pictures import Pictures
 
 
@@ -33,6 +34,10 @@ class Panel:
         return self.names.get(figure, figure)
 
 
+# Which direction of a figure, (label of the panel, name), is the better one.
+Ways = dict[tuple[str, str], Way | None]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Protocol:
     """How pictures are measured, everything but the pictures.
@@ -41,6 +46,7 @@ class Protocol:
     picture, generated or real, before a network sees it. `real` is what they are compared with, and `train` what
     a copy would be a copy of. `decisive` and `guarded` are the figures, (label of the panel, name of the figure), of
     the rule by which one model wins against another (`verdict.verdict`). `absent` says what is not measured, and why.
+    Raises InputError for a figure of that rule of which neither more nor less is better.
     """
 
     name: str
@@ -56,6 +62,12 @@ class Protocol:
     guarded: tuple[tuple[str, str], ...] = ()
     absent: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        measured = self.better()
+        for name in (*self.decisive, *self.guarded):
+            if name in measured:
+                self.way(name)
+
     def fingerprint(self) -> str:
         """Returns what the generated pictures and their features depend on, beside the model: a SHA-256."""
         facts = [self.name, list(self.prompts), self.of.tolist(), self.prepared]
@@ -67,10 +79,17 @@ class Protocol:
             for metric in panel.metrics:
                 yield panel, metric
 
-    def better(self) -> dict[tuple[str, str], str | None]:
+    def better(self) -> Ways:
         """Returns which direction of each figure is the better one, by (label of the panel, name)."""
         return {
             (panel.label, panel.name(figure)): better
             for panel, metric in self.metrics()
             for figure, better in metric.better.items()
         }
+
+    def way(self, name: tuple[str, str]) -> Way:
+        """Returns which direction of a figure is the better one; raises InputError where neither is."""
+        found = self.better()[name]
+        if found is None:
+            raise InputError(f"{' '.join(name)} cannot decide: neither more nor less of it is better")
+        return found

@@ -1,8 +1,12 @@
 """The rule of "wins", "matches" and "loses", case by case."""
 
+import numpy as np
 import pytest
 
+from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate.intervals import Interval
+from sbv2_jax.evaluate.metrics.inception_score import InceptionScore
+from sbv2_jax.evaluate.protocol import Panel, Protocol
 from sbv2_jax.evaluate.verdict import Compared, verdict
 
 
@@ -82,3 +86,20 @@ def test_nothing_to_decide_by_is_an_error():
     for decisive, guarded in (({}, FINE), ({"FD": falls()}, {}), (WON, {"recall": rises()})):
         with pytest.raises(ValueError, match="needs decisive figures"):
             verdict(decisive, guarded)
+
+
+def test_a_figure_of_which_neither_more_nor_less_is_better_cannot_decide():
+    def protocol(figure):
+        return Protocol(
+            name="p",
+            prompts=["a", "b"],
+            of=np.arange(2),
+            panels=(Panel(label="net", open=lambda: None, metrics=(InceptionScore(),)),),
+            prepare=lambda picture: picture,
+            prepared="as they are",
+            decisive=(("net", figure), ("not measured", "FID")),
+        )
+
+    assert protocol("inception_score").way(("net", "inception_score")) == "higher"
+    with pytest.raises(InputError, match="net inception_score_deviation cannot decide"):
+        protocol("inception_score_deviation")
