@@ -10,6 +10,7 @@ TEST = [
     "efficientnet-lite-pytorch>=0.1",
     "emoji>=2.14",
     "hypothesis>=6.100",
+    "mypy>=1.15",
     "peft>=0.17",
     "playwright>=1.50",
     "pytest>=8.0",
