@@ -322,7 +322,7 @@ class _Store(argparse.Action):
             return
         seen = namespace.__dict__.setdefault("_seen", set())
         if self.dest in seen:
-            raise InputError(_twice(option_string))
+            raise InputError(_twice(option_string or str(self.metavar)))
         seen.add(self.dest)
         setattr(namespace, self.dest, value)
 

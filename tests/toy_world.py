@@ -82,7 +82,7 @@ class Toy:
             image_features=lambda p, x: x.reshape(x.shape[0], -1) @ p["picture"],
             text_features=lambda p, ids: p["table"][ids[:, 0]] @ p["word"],
             steps=20,
-            start=0.5,
+            first=0.5,
         )
         method = Method(
             student=Student(network=student, **common),

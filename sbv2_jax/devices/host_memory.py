@@ -30,6 +30,6 @@ def keep_freed_memory() -> None:
 
 def _on_cpu() -> bool:
     """Whether JAX will find no other device; a guess, which decides about nothing but memory."""
-    if chosen := jax.config.jax_platforms:
+    if chosen := jax.config.jax_platforms:  # type: ignore[attr-defined]  # JAX declares none of them
         return chosen.split(",")[0] == "cpu"
     return not any(file for name in _ACCELERATORS for file in Path("/dev").glob(name))

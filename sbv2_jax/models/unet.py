@@ -104,11 +104,7 @@ class UNetConfig(ModelConfig):
                 f"sample_size={self.sample_size!r} is not supported; supported: one whole number"
             )
         _ = self.added_dims
-        for name in (
-            "layers_per_block",
-            "cross_attention_dim",
-            "attention_head_dim",
-        ):
+        for name in ("layers_per_block", "cross_attention_dim", "attention_head_dim"):
             self.per_level(name)
         for level in range(levels):
             for side in ("down", "mid", "up"):

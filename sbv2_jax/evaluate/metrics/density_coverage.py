@@ -1,6 +1,7 @@
 """Density and coverage of generated pictures (Naeem et al., 2020): balls around real pictures, without edges."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -49,5 +50,5 @@ class DensityCoverage(Metric):
         (real,) = features(self.k + 1, real=real)
         return features(real=real, fake=fake)
 
-    def _inside(self, real: np.ndarray, fake: np.ndarray) -> np.ndarray:
+    def _inside(self, real: np.ndarray, fake: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         return inside(fake, real, nearest_others(real, self.k)[0][:, -1], edge=False)
