@@ -14,7 +14,8 @@ from sbv2_jax.openmoji.identities import by_name
 from sbv2_jax.openmoji.scenes import BACKGROUNDS, Scene
 
 RESOLUTION = 64
-SIZE_PX = {"small": 26, "medium": 38, "large": 56}  # the longest side; +-5% keeps the three apart
+# The longest side; +-5 % keeps the two apart. What is under 40 px, latents of 8 x 8 cannot hold.
+SIZE_PX = {"small": 44, "large": 58}
 MAX_DEGREES = 10.0
 _SPRITE_PX = 128  # twice the largest picture and more, so that every resize goes down
 _JITTER_PX = 2

@@ -19,10 +19,8 @@ BACKGROUNDS = {
     "purple": (140, 70, 190),
     "pink": (255, 150, 195),
 }
-SIZES = ("small", "medium", "large")
+SIZES = ("small", "large")
 POSITIONS = ("center", "top left", "top right", "bottom left", "bottom right")
-# Large pictures are drawn most often: at 64 px they are the ones that can be recognised.
-_SIZE_ODDS = ("large", "large", "large", "medium", "medium", "medium", "small", "small")
 # Of 16 classes of combinations two never occur in training: one is for validation, one for test.
 _CLASSES = 16
 _WITHHELD = {"validation": 0, "test": 1}
@@ -50,7 +48,7 @@ def draw_scene(pool: tuple[Identity, ...], draws: Iterator[float], of: str | Non
     while True:
         one = pick(draws, pool)
         background = pick(draws, [name for name in BACKGROUNDS if name not in one.avoid])
-        size = pick(draws, _SIZE_ODDS)
+        size = pick(draws, SIZES)
         position = pick(draws, POSITIONS) if size != "large" else "center"
         scene = Scene(one.name, background, size, position)
         if of is None or combination(scene) == of:

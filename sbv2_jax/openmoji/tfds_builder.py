@@ -17,7 +17,7 @@ from sbv2_jax.openmoji.identities import SPLITS
 from sbv2_jax.openmoji.scenes import BACKGROUNDS, POSITIONS, SIZES
 
 _DESCRIPTION = f"""
-Captioned 64 px pictures: emoji drawings composed on coloured backgrounds, in three sizes and five positions,
+Captioned 64 px pictures: emoji drawings composed on coloured backgrounds, in two sizes and five positions,
 with small rotations and, where a mirror image means the same, flips. Identities never cross splits.
 {openmoji.ATTRIBUTION}. Names: English CLDR short names (Unicode licence).
 The pictures are adapted from OpenMoji and stay under {openmoji.LICENCE}.

@@ -69,5 +69,5 @@ def test_clip_tells_the_captions_of_real_pictures_and_of_samples(right_captions,
     samples = pipeline.draw(captions(), steps=10, guidance=3.0)
     one_step = pipeline.draw(captions())
     assert right_captions(real) > 0.9
-    assert right_captions(samples) > 0.5  # a guess is right in 1 of 64
+    assert right_captions(samples) > 0.85  # a guess is right in 1 of 64
     assert right_captions(one_step) < right_captions(samples)  # what distillation is for

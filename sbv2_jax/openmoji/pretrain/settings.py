@@ -57,7 +57,7 @@ def _edges() -> Field:
     return Field(0.5, number(0), "Weight of the differences between neighbours, beside the pixels'.")
 
 
-_VAE = _training(steps=2000, batch_size=8, lr=3e-3) | {
+_VAE = _training(steps=3000, batch_size=16, lr=3e-3) | {
     # Stable Diffusion's 4 channels hold a drawing of 64 px in 256 numbers: its lines blur, small things vanish.
     "channels": Field(8, whole(1), "Channels of the latents."),
     "widths": Field((16, 32, 64, 128), _widths, "Channels at each resolution, from the pixels down."),
