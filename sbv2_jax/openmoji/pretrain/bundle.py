@@ -27,8 +27,8 @@ It is the default teacher of `sbv2_jax`, small enough to be distilled on a lapto
 
 ![samples](grid_unet.png)
 
-Captions with their samples ({steps} steps, guidance {guidance:g}); beside each, a real picture of that caption. The last
-row is of drawings that training never shows: it composes what it knows, and invents nothing.
+Captions with their samples ({steps} steps, guidance {guidance:g}); beside each, a real picture of that caption. The
+last row is of drawings that training never shows: it composes what it knows, and invents nothing.
 
 ## Use
 
