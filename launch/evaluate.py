@@ -1,6 +1,6 @@
 """Measures pictures by a published protocol, or by the OpenMoji world's, and writes a report.
 
-python launch/evaluate.py --protocol=openmoji --model=bundled,steps=25,guidance=3 --model=runs/openmoji \
+python launch/evaluate.py --protocol=openmoji --model=bundled,steps=8,guidance=2 --model=runs/openmoji \
     --out=runs/quality
 python launch/evaluate.py --protocol=openmoji --split=validation --model=bundled --steps=1,4,25 \
     --guidance=1:7.5:0.5 --out=runs/sweep
