@@ -22,7 +22,6 @@ import sbv2_jax
 from sbv2_jax import cli
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.devices.cache import use_cache
-from sbv2_jax.devices.host_memory import keep_freed_memory
 from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.evaluate.extractors import EXTRACTORS
 from sbv2_jax.evaluate.metrics.frechet import frechet_distance
@@ -81,7 +80,6 @@ class Theirs:
 
 def main() -> None:
     use_cache()
-    keep_freed_memory()  # as the commands do; both sides gain
     directory, turns = resolve(_MODEL.value), -(-_COUNT.value // _TURN)
     prompts = [one.caption for one in world.prompts("recombined", turns * _TURN)]
     sides = {"sbv2_jax": Ours(directory, prompts), "PyTorch": Theirs(directory, prompts)}

@@ -16,7 +16,6 @@ import sbv2_jax
 from sbv2_jax import cli
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.devices.cache import use_cache
-from sbv2_jax.devices.host_memory import keep_freed_memory
 from sbv2_jax.diffusion.schedule import is_guided
 
 _MODEL = cli.define_path("model", "A diffusers directory, a hub id, or 'bundled'.")
@@ -28,7 +27,6 @@ _ROUNDS = flags.DEFINE_integer("rounds", 20, "Calls of each side.", lower_bound=
 
 def main() -> None:
     use_cache()
-    keep_freed_memory()  # as the commands do; both sides gain
     directory, steps, guidance = resolve(_MODEL.value), _STEPS.value, _GUIDANCE.value
     ours = sbv2_jax.load(directory)
     theirs = DiffusionPipeline.from_pretrained(directory, torch_dtype=torch.float32)

@@ -22,7 +22,6 @@ from sbv2_jax import cli
 from sbv2_jax.convert.formats.pipeline import load_pipeline
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.devices.cache import use_cache
-from sbv2_jax.devices.host_memory import keep_freed_memory
 from sbv2_jax.diffusion.schedule import make_schedule
 from sbv2_jax.fields import load
 
@@ -113,7 +112,6 @@ class Eager:
 
 def main() -> None:
     use_cache()
-    keep_freed_memory()  # as the commands do; both sides gain
     config = load("configs/openmoji.py").unlock()
     config.batch_size = _BATCH.value
     ours = CompiledStep(config)

@@ -32,14 +32,12 @@ def main(given: Namespace) -> None:
     # jax is loaded only once the flags are right
     from sbv2_jax.demo.studio import Studio
     from sbv2_jax.devices.cache import use_cache
-    from sbv2_jax.devices.host_memory import keep_freed_memory
 
     try:
         from sbv2_jax.demo.page import build, serve
     except ImportError as error:
         raise InputError(f'the live page needs gradio: pip install "sbv2_jax[demo]" ({error})') from error
     use_cache()
-    keep_freed_memory()
     studio = Studio(given.model or ["bundled"], given.merge)
     page = build(studio, prompt=given.prompt, teacher_steps=given.steps, guidance=given.guidance)
     serve(page, host=given.host, port=given.port)

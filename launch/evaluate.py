@@ -116,11 +116,9 @@ def main(given: Namespace) -> None:
         raise InputError("--weight is of a --merge")
     # jax is loaded only once the flags are right
     from sbv2_jax.devices.cache import use_cache, user_cache
-    from sbv2_jax.devices.host_memory import keep_freed_memory
     from sbv2_jax.run import evaluation
 
     use_cache()
-    keep_freed_memory()
     protocol, real = _protocol(given)
     evaluation.run(
         protocol,

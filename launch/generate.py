@@ -56,12 +56,10 @@ FLAGS = (
 def main(given: Namespace) -> None:
     # jax is loaded only once the flags are right
     from sbv2_jax.devices.cache import use_cache
-    from sbv2_jax.devices.host_memory import keep_freed_memory
     from sbv2_jax.generate.draw import draw
     from sbv2_jax.run.drawn import drawn_of
 
     use_cache()
-    keep_freed_memory()
     draw(
         functools.partial(drawn_of, given.model, dtype=given.precision),
         given.out,

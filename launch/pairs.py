@@ -46,10 +46,8 @@ def main(given: Namespace) -> None:
     # jax is loaded only once the flags are right
     from sbv2_jax.devices import processes
     from sbv2_jax.devices.cache import use_cache
-    from sbv2_jax.devices.host_memory import keep_freed_memory
     from sbv2_jax.run.pairs import Drawing, make_pairs
 
-    keep_freed_memory()
     processes.join(given.coordinator, given.num_processes, given.process_id, pod=given.pod)
     use_cache()
     make_pairs(

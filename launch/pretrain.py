@@ -20,11 +20,9 @@ def main() -> None:
     config = flags.FLAGS.config
     validate(config)
     from sbv2_jax.devices.cache import use_cache
-    from sbv2_jax.devices.host_memory import keep_freed_memory
     from sbv2_jax.openmoji.pretrain.run import pretrain
 
     use_cache()
-    keep_freed_memory()
     # The model card tells how to make the same pipeline, wherever this one was made.
     command = shlex.join([*cli.command("pretrain").split(), *_without_workdir(sys.argv[1:]), "--workdir=DIR"])
     print(f"wrote {pretrain(config, flags.FLAGS.workdir, command)}")

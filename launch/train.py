@@ -25,10 +25,8 @@ def main() -> int:
     # jax is loaded only once the flags are right
     from sbv2_jax.devices import processes
     from sbv2_jax.devices.cache import use_cache
-    from sbv2_jax.devices.host_memory import keep_freed_memory
     from sbv2_jax.run.loop import train
 
-    keep_freed_memory()
     # Several processes share a place that `train` chooses.
     if not processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, pod=_POD.value):
         use_cache()
