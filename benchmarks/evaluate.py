@@ -90,7 +90,7 @@ def main() -> None:
         begin = (len(found[name]) // (_TURN // _BATCH) - 1) % turns * _TURN
         for start in range(begin, begin + _TURN, _BATCH):
             rows = range(start, start + _BATCH)
-            noise = initial_noise(0, rows, sides["sbv2_jax"].latents)
+            noise = np.asarray(initial_noise(0, rows, sides["sbv2_jax"].latents))
             found[name].append(sides[name].seen(rows, noise))
 
     seconds = in_turns({name: lambda name=name: turn(name) for name in sides}, turns, warm=1)
