@@ -7,6 +7,7 @@ A line of JSON a side, and one for the ratio; then FD and KID of both sides' fea
 that the work was the same. `pip install -e ".[test]"` brings what it needs.
 """
 
+import itertools
 import json
 
 import jax
@@ -83,15 +84,16 @@ def main() -> None:
     directory, turns = resolve(_MODEL.value), -(-_COUNT.value // _TURN)
     prompts = [one.caption for one in world.prompts("recombined", turns * _TURN)]
     sides = {"sbv2_jax": Ours(directory, prompts), "PyTorch": Theirs(directory, prompts)}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in sides}
+    # Features by the number of their first row: the turn that is not counted begins a second round.
+    found: dict[str, dict[int, np.ndarray]] = {name: {} for name in sides}
+    begins = {name: itertools.cycle(range(0, turns * _TURN, _TURN)) for name in sides}
 
     def turn(name):
-        # The first turns of `in_turns` are not counted; they see the last rows, which are seen again.
-        begin = (len(found[name]) // (_TURN // _BATCH) - 1) % turns * _TURN
+        begin = next(begins[name])
         for start in range(begin, begin + _TURN, _BATCH):
             rows = range(start, start + _BATCH)
             noise = np.asarray(initial_noise(0, rows, sides["sbv2_jax"].latents))
-            found[name].append(sides[name].seen(rows, noise))
+            found[name][start] = sides[name].seen(rows, noise)
 
     seconds = in_turns({name: lambda name=name: turn(name) for name in sides}, turns, warm=1)
     report("drawing and features", seconds, _TURN, model=_MODEL.value, device=jax.devices()[0].device_kind)
@@ -99,7 +101,7 @@ def main() -> None:
     others = world.prompts("recombined", turns * _TURN + _REAL)[turns * _TURN :]
     real = sides["sbv2_jax"].features(np.stack([one.reference() for one in others]))
     for name, rows in found.items():
-        fake = np.concatenate(rows[_TURN // _BATCH :])
+        fake = np.concatenate(list(rows.values()))
         minutes = round(sum(seconds[name]) / 60, 2)
         line = {"pictures": len(fake), "minutes": minutes, "FD": round(frechet_distance(real, fake), 4)}
         line["KID x 1000"] = round(1e3 * kernel_distance(real, fake), 4)

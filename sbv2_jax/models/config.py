@@ -1,5 +1,6 @@
 """Reading a network's `config.json` strictly: a field that the code does not support is an error."""
 
+import abc
 import dataclasses
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -63,26 +64,26 @@ def of_kind(config: ModelConfig, kind: type[C], source: str) -> C:
     return config
 
 
-class AutoencoderConfig(ModelConfig):
+class AutoencoderConfig(ModelConfig, abc.ABC):
     """What the configurations of autoencoders have in common.
 
     Callers multiply latents by `scaling_factor` after `encode` and divide by it before `decode`.
     """
 
     @property
+    @abc.abstractmethod
     def latent_channels(self) -> int:
         """The channels of a latent."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def scaling_factor(self) -> float:
         """By which latents are multiplied."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def downsampling(self) -> int:
         """The number of pixels on the side of one latent."""
-        raise NotImplementedError
 
 
 # What transformers 4 wrote into every config.json: text generation, labels, training. No network here reads any of it.

@@ -78,7 +78,10 @@ def collective_bytes(text: str) -> dict[str, int]:
             own[computation][kind] += max(sizes) if instruction[3].endswith("-start") else sum(sizes)
         if limit := _CONSTANT.search(line):
             limits[computation] = max(int(limit[1]), limits.get(computation, 1))
-        if (body := _BODY.search(line)) and (condition := _CONDITION.search(line)):
+        if body := _BODY.search(line):
+            condition = _CONDITION.search(line)
+            if condition is None:  # how often it runs would be a guess
+                raise ValueError(f"a loop without a condition: {line.strip()[:200]}")
             calls[computation].append((body[1], condition[1], 1))
         elif branches := _branches(line):
             calls[computation] += [(branch, "", len(branches)) for branch in branches]

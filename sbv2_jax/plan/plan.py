@@ -172,7 +172,9 @@ def _programs(programs: Recorded, resident: Any) -> dict[str, Program]:
     wanted = needs(programs, resident)
     calls = Counter(call.name for call in programs.calls)
     for name, compiled in programs.compiled().items():
-        text, costs = compiled.as_text() or "", compiled.cost_analysis() or {}
+        text, costs = compiled.as_text(), compiled.cost_analysis()
+        if text is None or costs is None:
+            raise ValueError(f"the compiler says nothing of its program {name!r}")
         found[name] = Program(
             calls=calls[name],
             need=wanted[name],

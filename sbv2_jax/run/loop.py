@@ -48,7 +48,7 @@ from sbv2_jax.run.record import Record
 from sbv2_jax.run.scoring import Measured, Scoring, open_protocol
 from sbv2_jax.run.sources import PLACES, Files, Source, check_forced, sources_of
 from sbv2_jax.run.starts import note_start
-from sbv2_jax.run.wandb_mirror import WandbMirror, require_wandb
+from sbv2_jax.run.wandb_mirror import WandbMirror, log_in
 from sbv2_jax.run.watchdog import watchdog
 
 
@@ -276,8 +276,8 @@ class Prepared(NamedTuple):
 
 def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     """Reads all that can be wrong with a run's input, writes nothing, and logs what each sharding rule matches."""
-    if config.wandb.project:
-        require_wandb()
+    if config.wandb.project and jax.process_index() == 0:
+        log_in(config.wandb.project)
     config, run, layout = lay_out(config, read_parts(config), jax.devices(), device_memory())
     for pattern, leaves in layout.matches().items():
         logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)

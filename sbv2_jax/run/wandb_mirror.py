@@ -1,43 +1,55 @@
 """A run at Weights & Biases that mirrors this one: its settings, the metrics of every step, its sample pictures."""
 
-import hashlib
 import importlib.util
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sbv2_jax.errors import InputError
-from sbv2_jax.run.directory import STARTS, sample_pictures
+from sbv2_jax.run.directory import sample_pictures
 
 
-def require_wandb() -> None:
-    """Raises InputError where the package is not installed."""
+def log_in(project: str) -> None:
+    """Makes sure, before there is anything of a run, that it can be mirrored; at a terminal a key may be asked for.
+
+    Raises InputError where the package is not installed, and without a key that could be right.
+    """
     if importlib.util.find_spec("wandb") is None:
-        raise InputError('config.wandb.project: wandb is not installed: pip install "sbv2_jax[wandb]"')
+        raise InputError(
+            f'config.wandb.project={project}: wandb is not installed: pip install "sbv2_jax[wandb]"'
+        )
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.errors.Error as error:
+        raise _refused(project, error) from error
 
 
 class WandbMirror:
     """Sends what is logged to a project of Weights & Biases; a resumed run goes on in the run that it began there.
 
     Where a step is taken again after a resume, the later figures are drawn over the former. WANDB_MODE=offline keeps
-    all in `workdir/wandb`. Raises InputError where the run cannot be opened, such as without a key.
+    all in `workdir/wandb`. Raises InputError where the run cannot be opened.
     """
 
     def __init__(self, project: str, workdir: Path, config: Mapping[str, Any]):
         import wandb
 
-        # A directory's first start is what stays of it wherever it lies, and that no other run shares.
-        first, _, _ = (workdir / STARTS).read_bytes().partition(b"\n")
-        name = hashlib.sha256(first + str(config["seed"]).encode()).hexdigest()[:16]
         self._image, self._workdir = wandb.Image, workdir
         self._sent = set(sample_pictures(workdir))
         try:
             self._run = wandb.init(
-                project=project, id=name, name=workdir.name, resume="allow", dir=workdir, config=dict(config)
+                project=project,
+                id=_id(workdir / "wandb"),
+                name=workdir.name,
+                resume="allow",
+                dir=workdir,
+                config=dict(config),
             )
         except wandb.errors.Error as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"config.wandb.project={project}: {reason}") from error
+            raise _refused(project, error) from error
         # Its own steps only ever rise; ours go back where a run was killed.
         self._run.define_metric("*", step_metric="step")
 
@@ -56,3 +68,17 @@ class WandbMirror:
             if step not in self._sent:
                 self._sent.add(step)
                 self._run.log({"step": step, "samples": self._image(str(path))})
+
+
+def _id(directory: Path) -> str:
+    """Returns the id of the run there, which lies beside what wandb itself keeps, so that every start finds it."""
+    path = directory / "id"
+    if not path.exists():
+        directory.mkdir(exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def _refused(project: str, error: Exception) -> InputError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return InputError(f"config.wandb.project={project}: {reason}")

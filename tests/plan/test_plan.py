@@ -1,5 +1,6 @@
 """Planning for hardware that is not here: FLOPs, memory, collectives, and the real TPU compiler's verdict."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -147,6 +148,10 @@ def test_collectives_are_counted_with_the_trips_of_their_loops():
 
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     assert collective_bytes(compiled(branches, x, w, count))["all-reduce"] == 7 * 64 * 256 * 4 // 2
+
+    text = re.sub(r"condition=[^,]*, ", "", compiled(loop, x, w))
+    with pytest.raises(ValueError, match="a loop without a condition: "):
+        collective_bytes(text)
 
 
 def test_the_largest_arrays_are_named_by_what_makes_them():

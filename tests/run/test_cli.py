@@ -14,6 +14,8 @@ from sbv2_jax import cli
 from sbv2_jax.diffusion.samplers import SAMPLERS
 from sbv2_jax.generate.inference import NEGATIVE_SCALE
 from sbv2_jax.openmoji.pretrain import settings
+from sbv2_jax.openmoji.protocol import JUDGES
+from sbv2_jax.openmoji.world import PROMPT_KINDS
 from sbv2_jax.run.config_fields import FIELDS
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +179,13 @@ def test_the_samplers_of_the_command_are_those_that_there_are():
 
 def test_the_strength_of_a_negative_prompt_is_that_of_the_library():
     assert f"Default: {NEGATIVE_SCALE}." in call(WITHOUT_JAX, "launch/generate.py", "--help").stdout
+
+
+def test_the_kinds_and_judges_of_the_command_are_those_of_the_world():
+    for flag, names in (("kind", PROMPT_KINDS), ("judge", JUDGES)):
+        given = ("--protocol=openmoji", "--out=y", f"--{flag}=x")
+        out = call(WITHOUT_JAX, "launch/evaluate.py", *given).stderr
+        assert out == f"error: --{flag}=x: must be one of " + ", ".join(map(repr, names)) + "\n"
 
 
 # Where no TPU is and nothing is said of one: libtpu comes with the [test] extra.

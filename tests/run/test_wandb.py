@@ -1,20 +1,19 @@
 """The mirror at Weights & Biases, by what it writes when it is offline."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_pipeline import write_world
+from train_command import command, run
 
 from sbv2_jax.errors import InputError
 from sbv2_jax.generate.pictures import save_png
-from sbv2_jax.run.directory import STARTS, sample_path
+from sbv2_jax.run.directory import sample_path
 from sbv2_jax.run.log import MetricsLog
-from sbv2_jax.run.wandb_mirror import WandbMirror, require_wandb
+from sbv2_jax.run.wandb_mirror import WandbMirror, log_in
 
 _BLOCK, _HEADER = 32768, 7
 
@@ -58,27 +57,26 @@ def workdir(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     path = tmp_path / "run"
     path.mkdir()
-    (path / STARTS).write_text('{"time": "2026-01-01T00:00:00Z"}\n')
     return path
 
 
-def test_metrics_and_pictures_are_sent_and_a_resumed_run_goes_on_in_the_same(workdir, rng):
-    def record(first, last):
-        with MetricsLog(
-            workdir,
-            steps=9,
-            batch_size=4,
-            resume_step=first - 1,
-            mirror=lambda: WandbMirror("world", workdir, {"seed": 0, "batch_size": 4}),
-        ) as log:
-            for step in range(first, last + 1):
-                log.write(step, {"loss/vsd": step / 8})
-                if step in (2, 5):  # drawn when its step is logged
-                    save_png(sample_path(workdir, step), rng.integers(0, 256, (8, 8, 3), np.uint8))
+def record(workdir, first, last, rng):
+    with MetricsLog(
+        workdir,
+        steps=9,
+        batch_size=4,
+        resume_step=first - 1,
+        mirror=lambda: WandbMirror("world", workdir, {"seed": 0, "batch_size": 4}),
+    ) as log:
+        for step in range(first, last + 1):
+            log.write(step, {"loss/vsd": step / 8})
+            if step in (2, 5):  # drawn when its step is logged
+                save_png(sample_path(workdir, step), rng.integers(0, 256, (8, 8, 3), np.uint8))
 
-    record(1, 3)
-    (workdir / STARTS).open("a").write('{"time": "2026-01-02T00:00:00Z"}\n')
-    record(3, 5)
+
+def test_metrics_and_pictures_are_sent_and_a_resumed_run_goes_on_in_the_same(workdir, rng):
+    record(workdir, 1, 3, rng)
+    record(workdir, 3, 5, rng)
     found = history(workdir)
     assert len(found) == 1  # one run, whose second part goes on
     (rows,) = found.values()
@@ -87,34 +85,26 @@ def test_metrics_and_pictures_are_sent_and_a_resumed_run_goes_on_in_the_same(wor
     assert [row["step"] for row in rows if "samples/path" in row or "samples" in row] == [2, 5]
 
 
+def test_runs_that_begin_in_one_moment_with_the_same_settings_are_two(workdir, rng):
+    other = workdir.parent / "other" / "run"
+    other.mkdir(parents=True)
+    for each in (workdir, other):
+        record(each, 1, 1, rng)
+    assert not history(workdir).keys() & history(other).keys()
+
+
 def test_without_the_package_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"sbv2_jax\[wandb\]"):
-        require_wandb()
+    with pytest.raises(InputError, match=r"config.wandb.project=world: .*sbv2_jax\[wandb\]"):
+        log_in("world")
 
 
-def test_a_run_that_cannot_be_opened_is_one_line(workdir):
-    # In a process of its own: the package reads its environment once.
-    found = subprocess.run(
-        [sys.executable, "-c", OPENED, workdir],
-        env=os.environ | {"WANDB_MODE": "online", "WANDB_API_KEY": "short"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert found.stdout.startswith("config.wandb.project=world: ") and "API" in found.stdout
-    assert found.stdout.count("\n") == 1
-
-
-OPENED = """
-import sys
-from pathlib import Path
-from sbv2_jax.errors import InputError
-from sbv2_jax.run.wandb_mirror import WandbMirror
-try:
-    WandbMirror("world", Path(sys.argv[1]), {"seed": 0})
-except InputError as error:
-    print(error)
-"""
+def test_without_a_key_it_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    write_world(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # in which no key lies
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    code, _, error = run(command(tmp_path, tmp_path / "run", **{"wandb.project": "world"}))
+    assert code == 2 and error.splitlines()[-1].startswith("error: config.wandb.project=world: No API key")
+    assert not (tmp_path / "run").exists()
