@@ -71,7 +71,8 @@ def test_a_run_leaves_the_files_that_it_promises(straight):
     for line in lines:
         assert line["loss/vsd"] > 0 and line["loss/score"] > 0 and line["images_per_sec"] > 0
         assert line["lr/student"] > 0 and line["lr/score"] > 0 and "clip/weight" not in line
-        assert 0 < line["seconds_per_step"] <= 4 / line["images_per_sec"] and line["memory/host_gib"] > 0.1
+        since_the_last = 4 / line["images_per_sec"]  # seconds, with saves and pictures
+        assert 0 < line["seconds_per_step"] <= since_the_last * (1 + 1e-9) and line["memory/host_gib"] > 0.1
         assert line["grad_norm/student"] > 0 and line["grad_norm/score"] > 0 and line["skipped"] == 0
     pictures = [f"step_{step:06d}.png" for step in (0, 3, 6)]
     assert sorted(path.name for path in (workdir / "samples").iterdir()) == [".teacher.npz", *pictures]

@@ -102,7 +102,9 @@ def _open_legacy(file: BinaryIO, source: str) -> tuple[Any, Mapping[str, bytes]]
     found = read_pickle(file, source, known=_known(), persistent=_persistent(storages))
     size, bytes_of = os.fstat(file.fileno()).st_size, {}
     for key in read_pickle(file, source):
-        count = int.from_bytes(file.read(8), "little")
+        if len(length := file.read(8)) != 8:
+            raise InputError(f"{source} is truncated: the storage {key!r} is missing")
+        count = int.from_bytes(length, "little")
         if key not in storages or count != storages[key].count:
             raise InputError(f"{source}: the storage {key!r} is not the one that its tensors name")
         bytes_of[key] = file.read(min(count * storages[key].dtype.itemsize, size))
