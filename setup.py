@@ -73,7 +73,7 @@ setup(
         "orbax-checkpoint>=0.11.32",
         "pillow>=10.0",
         "safetensors>=0.5",
-        "tensorboardX>=2.6",
+        "tensorboard>=2.16",
         "tensorflow-datasets>=4.9.7",
         "tqdm>=4.66",
         "transformers>=5.0",

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +12,9 @@ from typing import Any, Protocol
 
 import jax
 from absl import logging
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm.auto import tqdm
 
 from sbv2_jax.errors import InputError
@@ -65,9 +66,10 @@ class MetricsLog:
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
             board = path.parent / "tensorboard"
             board.mkdir(exist_ok=True)
-            # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and whoever adds to it then waits
-            # for ever.
-            self._events, self._flushed = EventsWriter(str(board / "events")), time.monotonic()
+            # Not an EventFileWriter: its thread dies of a full disk, and the run would not hear of it.
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+            self._events, self._flushed = RecordWriter(open(board / name, "ab")), time.monotonic()  # noqa: SIM115
+            self._add(0, file_version="brain.Event:2")
             # TensorBoard drops what an interrupted run logged from this step on.
             self._add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
         except OSError as error:
@@ -124,7 +126,7 @@ class MetricsLog:
                 self._mirror.close()
 
     def _add(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._events.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
     def _unwritable(self, error: OSError) -> InputError:
         return InputError(f"cannot write the metrics to {self._directory}: {error.strerror or error}")
