@@ -19,6 +19,7 @@ from sbv2_jax.evaluate.pictures import Pictures
 from sbv2_jax.evaluate.protocol import Panel, Protocol
 from sbv2_jax.evaluate.sources import Source
 from sbv2_jax.generate.pictures import save_png
+from sbv2_jax.tree import Params
 
 PIECE = 64  # pictures of one file: what a kill can cost
 _SHOWN = 24
@@ -37,6 +38,11 @@ class Networks:
 
     def __getitem__(self, label: str) -> Any:
         return self._open[label]
+
+    @property
+    def params(self) -> dict[str, Params]:
+        """The parameters of each network, which every device holds."""
+        return {label: network.program.params for label, network in self._open.items()}
 
     def see(
         self, label: str, pictures: Sequence[np.ndarray], captions: Sequence[str]

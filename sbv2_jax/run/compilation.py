@@ -22,14 +22,14 @@ WORKERS = 2
 
 
 def lay_out(
-    config: ConfigDict, parts: Parts, devices: Sequence[jax.Device], memory: float | None
+    config: ConfigDict, parts: Parts, devices: Sequence[jax.Device], memory: float | None, beside: float = 0
 ) -> tuple[ConfigDict, Run, Layout[Mesh]]:
     """Returns the configuration with nothing left open, and the networks and the layout of its run.
 
-    `memory` is that of one device in bytes, or None where it is not known.
+    `memory` is that of one device in bytes, or None where it is not known; `beside` as in `fit`.
     Raises InputError where the run cannot be laid out on these devices.
     """
-    config = fit(config, parts, len(devices), memory)
+    config = fit(config, parts, len(devices), memory, beside)
     mesh = make_mesh(*check_mesh(config, len(devices)), devices)
     core = attention.choose(mesh, DTYPES[config.precision]) if config.attention == "auto" else None
     run = assemble(config, parts, core)

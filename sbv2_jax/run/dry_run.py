@@ -1,5 +1,8 @@
 """What a run would hold and where, from shapes alone: the text of `--dry_run`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
@@ -7,13 +10,14 @@ from ml_collections import ConfigDict
 from sbv2_jax.devices.sharding import AXES, Layout, bytes_per_device
 from sbv2_jax.run.build import Run
 from sbv2_jax.run.config import check_mesh, planned_devices
-from sbv2_jax.tree import GIB, count, nbytes
+from sbv2_jax.tree import GIB, Params, count, nbytes
 
 
-def dry_run(config: ConfigDict, run: Run) -> str:
+def dry_run(config: ConfigDict, run: Run, judges: Mapping[str, Params]) -> str:
     """Returns the mesh, parameter counts, shardings and bytes per device; touches no device.
 
-    The mesh is that of the configuration, wherever the command runs; `mesh.data` = -1 counts as 1.
+    The mesh is that of the configuration, wherever the command runs; `mesh.data` = -1 counts as 1. `judges` are the
+    networks that measure the student while it trains, by label: every device holds all of each.
     """
     mesh = AbstractMesh(check_mesh(config, planned_devices(config)), AXES)
     state, frozen = run.state_shapes, run.frozen_shapes
@@ -25,9 +29,9 @@ def dry_run(config: ConfigDict, run: Run) -> str:
         f"latents: {' x '.join(map(str, run.method.latent_shape))}, networks in {config.precision}",
         *_further(run, config.batch_size),
         "",
-        f"{'':<24}{'parameters':>16}{'GiB':>10}{'GiB a device':>14}",
+        f"{'':<28}{'parameters':>16}{'GiB':>10}{'GiB a device':>14}",
     ]
-    parts = {}
+    parts: dict[str, tuple[Any, Any]] = {}
     for name, player in state.players.items():
         placed = layout.state.players[name]
         parts[f"{name}, trained"] = (player.params, placed.params)
@@ -35,6 +39,8 @@ def dry_run(config: ConfigDict, run: Run) -> str:
     parts["student, EMA"] = (state.ema, layout.state.ema)
     for name, tree in frozen.items():
         parts[f"{name}, frozen"] = (tree, layout.frozen[name])
+    for label, tree in judges.items():
+        parts[f"{label}, judge"] = (tree, dict.fromkeys(tree, layout.placement.whole))
     total = 0
     for name, (tree, placed) in parts.items():
         if not jax.tree.leaves(tree):
@@ -42,8 +48,8 @@ def dry_run(config: ConfigDict, run: Run) -> str:
         on_device = bytes_per_device(tree, placed)
         total += on_device
         parameters = f"{count(tree):,}" if isinstance(tree, dict) else ""
-        lines.append(f"{name:<24}{parameters:>16}{nbytes(tree) / GIB:>10.3f}{on_device / GIB:>14.3f}")
-    lines += [f"{'total a device':<50}{total / GIB:>14.3f}", "", "sharding rules, first match wins:"]
+        lines.append(f"{name:<28}{parameters:>16}{nbytes(tree) / GIB:>10.3f}{on_device / GIB:>14.3f}")
+    lines += [f"{'total a device':<54}{total / GIB:>14.3f}", "", "sharding rules, first match wins:"]
     for (pattern, strategy), leaves in zip(layout.rules, layout.matches().values(), strict=True):
         lines.append(f"  {strategy:<10} {leaves:>6} leaves  {pattern}")
     lines += ["", "the largest leaves of the student:"]

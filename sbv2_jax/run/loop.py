@@ -50,6 +50,7 @@ from sbv2_jax.run.sources import PLACES, Files, Source, check_forced, sources_of
 from sbv2_jax.run.starts import note_start
 from sbv2_jax.run.wandb_mirror import WandbMirror, log_in
 from sbv2_jax.run.watchdog import watchdog
+from sbv2_jax.tree import nbytes
 
 
 def train(
@@ -65,7 +66,9 @@ def train(
     validate(config)
     workdir = mounted(workdir)
     if dry_run:
-        print(dry_run_report(config, assemble(config, read_parts(config, dry_run=True))))
+        run = assemble(config, read_parts(config, dry_run=True))
+        judges = open_protocol(config).networks.params if config.evaluate.every else {}
+        print(dry_run_report(config, run, judges))
         return 0
     # In this order: what one process closes behind an error may wait for the others, who must have heard of it.
     with contextlib.ExitStack() as held, processes.ending_together():
@@ -278,7 +281,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     """Reads all that can be wrong with a run's input, writes nothing, and logs what each sharding rule matches."""
     if config.wandb.project and jax.process_index() == 0:
         log_in(config.wandb.project)
-    config, run, layout = lay_out(config, read_parts(config), jax.devices(), device_memory())
+    protocol = open_protocol(config) if config.evaluate.every else None
+    judges = nbytes(protocol.networks.params) if protocol else 0
+    config, run, layout = lay_out(config, read_parts(config), jax.devices(), device_memory(), judges)
     for pattern, leaves in layout.matches().items():
         logging.info("sharding rule %r is the first to match %d leaves", pattern, leaves)
     source = open_prompts(config.prompts, config.prompts_column)
@@ -292,7 +297,6 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     if config.student.lora.init and not step_numbers(workdir / "checkpoints"):
         start = read_start(run, config.student.lora.init)
     files = Files(workdir)
-    protocol = open_protocol(config) if config.evaluate.every else None
     sources = sources_of(run.parts, files)
     fillings, own = open_rows(config, run, sources)
     return Prepared(run, layout, source, tokenizers, fillings, start, files, sources | own, protocol)

@@ -25,11 +25,14 @@ USABLE = 0.85
 _ARRAYS_OF_A_BLOCK = 32
 
 
-def fit(config: ConfigDict, parts: Parts, device_count: int, memory: float | None) -> ConfigDict:
+def fit(
+    config: ConfigDict, parts: Parts, device_count: int, memory: float | None, beside: float = 0
+) -> ConfigDict:
     """Returns the configuration with `mesh.fsdp` = -1 and `remat` = "auto" settled, by the estimate.
 
     The weights are split over as few devices as possible, a power of two, and activations recomputed only where
-    that is needed for it. `memory` is that of one device in bytes; None, of a CPU, fits everything.
+    that is needed for it. `memory` is that of one device in bytes; None, of a CPU, fits everything. `beside` are the
+    bytes of it that other networks hold.
     Raises InputError, with the estimate, where nothing fits.
     """
     if config.mesh.fsdp != -1 and config.remat != "auto":
@@ -51,7 +54,7 @@ def fit(config: ConfigDict, parts: Parts, device_count: int, memory: float | Non
             run = assemble(config, parts)
             runs[remat] = run, activations(run, remat=remat == "block")
         mesh = AbstractMesh(check_mesh(config, device_count), AXES)
-        wanted = estimate(config, *runs[remat], mesh)
+        wanted = beside + estimate(config, *runs[remat], mesh)
         if wanted <= USABLE * memory:
             logging.info("fsdp %d, remat %r: %.1f GiB a device by the estimate", fsdp, remat, wanted / GIB)
             return config

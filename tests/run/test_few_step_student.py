@@ -243,5 +243,5 @@ def test_pairs_are_of_students_of_one_step(world):
 def test_a_dry_run_tells_the_forwards_of_the_steps_before(world):
     config = config_of(world, **{"student.timesteps": FOUR})
     assert "student of 4 steps, at 999, 749, 499, 249: of 0 to 3" in dry_run(
-        config, assemble(config, read_parts(config))
+        config, assemble(config, read_parts(config)), {}
     )

@@ -79,6 +79,9 @@ def test_the_weights_are_split_over_as_few_devices_as_need_be(world):
     assert list(needed.values()) == sorted(needed.values(), reverse=True)
     for fsdp, wanted in needed.items():
         assert memory.fit(config, parts, 8, 1.01 * wanted / memory.USABLE).mesh.fsdp == fsdp
+    # Judges take what one split more gives back.
+    judges = needed[1] - needed[2]
+    assert memory.fit(config, parts, 8, 1.01 * needed[1] / memory.USABLE, judges).mesh.fsdp == 2
     with pytest.raises(InputError, match=r"even with config.mesh.fsdp = 8 .* raise config.accumulate"):
         memory.fit(config, parts, 8, 0.9 * needed[8] / memory.USABLE)
 

@@ -325,7 +325,7 @@ def test_a_term_of_ones_own_fills_rows_beside_the_pairs(world, pairs, tmp_path):
     config.pairs.share = 0.75
     with pytest.raises(InputError, match="2 rows of a batch are asked for, and 1 are left"):
         open_rows(config, assemble(config, parts), sources_of(parts, Files(tmp_path)))
-    report = dry_run(config, assemble(config, parts))
+    report = dry_run(config, assemble(config, parts), {})
     assert "3 of the 4 rows of a batch are filled for the term 'regression' (config.pairs.path)" in report
 
 

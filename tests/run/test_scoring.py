@@ -145,3 +145,11 @@ def test_a_wrong_protocol_is_one_line_and_nothing_is_written(world, tmp_path, wr
     code, _, error = run(command(world, tmp_path / "run", **changes(**wrong)))
     assert code == 2 and message in error.splitlines()[-1], error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_what_the_judges_hold(world, tmp_path):
+    code, out, err = run(command(world, tmp_path / "run", "--dry_run", **changes()))
+    assert code == 0, err
+    (line,) = (line for line in out.splitlines() if line.startswith("tiny, judge"))
+    assert line.split()[2:] == [f"{8 * 8 * 3 * 5:,}", "0.000", "0.000"]
+    assert not (tmp_path / "run").exists()

@@ -39,7 +39,7 @@ class Program:
         mesh = make_mesh(1, jax.device_count(), 1) if mesh is None else mesh
         self.size = per_device * mesh.size
         self._whole, self._batch = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
-        self._params = {
+        self.params = {
             name: _placed(array, self._whole) for name, array in cast(dict(params), np.float32).items()
         }
 
@@ -51,11 +51,11 @@ class Program:
 
     def __call__(self, arrays: Arrays) -> dict[str, jax.Array]:
         """Returns the rows of a whole batch, `size` examples, which may still be computed."""
-        return self._compute(self._params, *(_placed(array, self._batch) for array in arrays))
+        return self._compute(self.params, *(_placed(array, self._batch) for array in arrays))
 
     def empty(self, arrays: Arrays) -> dict[str, np.ndarray]:
         """Returns what no example at all gives, by the shapes of one: `arrays` are a batch's."""
-        shapes = jax.eval_shape(self._compute, self._params, *arrays)
+        shapes = jax.eval_shape(self._compute, self.params, *arrays)
         return {name: np.zeros((0, *shape.shape[1:]), shape.dtype) for name, shape in shapes.items()}
 
     def stream(
