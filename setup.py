@@ -34,6 +34,8 @@ OPENMOJI = [
 DEMO = ["gradio>=6"]
 # Metrics and pictures at Weights & Biases.
 WANDB = ["wandb>=0.18"]
+# The pages as a site.
+DOCS = ["mkdocs-material>=9.6"]
 # Prompts in Parquet files, and those compressed with Zstandard.
 PARQUET = ["pyarrow>=15"]
 
@@ -79,8 +81,9 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": TEST + DEMO + EVALUATE + OPENMOJI + PARQUET + TPU + WANDB,
+        "test": TEST + DEMO + DOCS + EVALUATE + OPENMOJI + PARQUET + TPU + WANDB,
         "demo": DEMO,
+        "docs": DOCS,
         "openmoji": OPENMOJI,
         "evaluate": EVALUATE,
         "parquet": PARQUET,

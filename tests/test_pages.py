@@ -4,10 +4,11 @@ import ast
 import importlib.util
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands_not_run import NOT_RUN, RUN
+from documented import commands, shell_lines
 
 from sbv2_jax import cli, fields
 from sbv2_jax.openmoji.pretrain import settings
@@ -51,18 +52,6 @@ def test_every_page_is_found_from_the_readme_which_is_short():
     assert {page for page in PAGES if page.parent.name == "docs"} <= linked
 
 
-def commands() -> Iterator[tuple[str, str]]:
-    """Every command of the programs in a page's shell blocks, with the page's name."""
-    for page in PAGES:
-        for block in re.findall(
-            r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-        ):
-            for line in block.replace("\\\n", " ").splitlines():
-                for part in re.split(r"&&|--command='|--docker-image=\S+", line):
-                    if re.search(r"python launch/\w+\.py|\bsbv2-\w+", part):
-                        yield page.name, re.sub(r"^.*?(?=python launch/|sbv2-)", "", part).rstrip("' ")
-
-
 @pytest.fixture(scope="module")
 def programs():
     """The modules of launch/, but for those that define flags of absl, which a process has once."""
@@ -75,7 +64,10 @@ def programs():
     return found
 
 
-@pytest.mark.parametrize(("page", "line"), list(commands()))
+@pytest.mark.parametrize(
+    ("page", "line"),
+    [(page.name, one) for page in PAGES for line in shell_lines(page) for one in commands(line)],
+)
 def test_a_command_is_one_that_its_program_takes(programs, page, line):
     words = [word for word in shlex.split(line, comments=True) if word != "..."]
     name, given = (
@@ -88,6 +80,26 @@ def test_a_command_is_one_that_its_program_takes(programs, page, line):
         cli.read_flags(given, programs[name].FLAGS, "")
     else:
         check_run(name, given)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_no_test_runs_is_named_with_its_reason(page):
+    name = str(page.relative_to(ROOT))
+    lines, parts = shell_lines(page), NOT_RUN.get(name, {})
+    others = [line for line in lines if not any(part in line for part in parts)]
+    if name in RUN:
+        assert others and all(commands(line) for line in others), "not a command of this package: name it"
+    else:
+        # What is left of a command in quotes, or of a script's head, has a line of its own.
+        assert [line for line in others if commands(line)] == []
+    assert [part for part in parts if not any(part in line for line in lines)] == []
+    tests = re.findall(r"tests/\w+/\w+\.py|docs/\w+\.md", " ".join(parts.values()))
+    assert [one for one in tests if not (ROOT / one).is_file()] == []
+
+
+def test_the_pages_that_are_run_are_those_that_are_said_to_be():
+    source = (ROOT / "tests/test_page_commands.py").read_text(encoding="utf-8")
+    assert sorted(re.findall(r'run_page\([^\n"]*"([\w/]+\.md)"', source)) == sorted(RUN)
 
 
 def check_run(name: str, given: list[str]) -> None:
@@ -109,3 +121,27 @@ def check_run(name: str, given: list[str]) -> None:
         text = isinstance(declared[one].default, str)
         config.update_from_flattened_dict({one: value if text else ast.literal_eval(value)})
     (settings if name == "pretrain" else run_config).validate(config)
+
+
+def table(page: str, name: str) -> list[list[str]]:
+    """The cells of the rows between `<!-- name -->` and the next comment of a page, without the head."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")[2]
+    rows = text.partition("\n<!--")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_hours_of_the_hardware_page_are_those_of_the_plan():
+    """Images of the paper's training over a speed of the generated table; chips times hours."""
+    default = run_config.FIELDS["steps"].default * run_config.FIELDS["batch_size"].default
+    planned = {}
+    for model, _, compiled, _, eight, thirty_two, *_ in table("scaling.md", "scaling"):
+        generation = compiled.partition(":")[0]
+        planned.setdefault((model, f"8 {generation}"), set()).add(eight)
+        planned.setdefault((model, f"32 {generation}"), set()).add(thirty_two)
+    rows = table("hardware.md", "hours")
+    assert len(rows) == 8
+    for model, chips, speed, hours, chip_hours in rows:
+        assert speed in planned[model, chips]
+        exact = default / float(speed) / 3600
+        assert hours == f"{exact:.{int(exact < 20)}f}"
+        assert chip_hours == f"{exact * int(chips.split()[0]):.0f}"
