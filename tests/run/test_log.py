@@ -128,7 +128,7 @@ def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):
 
 
 def test_a_run_imports_no_torch():
-    # tensorboardX did, where there is one: two seconds of every start, and 200 MB of it.
+    # tensorboardX did, where there is one: two seconds of every start, and 175 MB of it.
     said = "import sys, sbv2_jax.run.loop; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, timeout=120)
     assert done.stdout == "False\n", done.stderr
