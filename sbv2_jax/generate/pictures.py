@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -69,7 +70,8 @@ def grid(columns: dict[str, np.ndarray], captions: Sequence[str], *, scale: int 
     height, width = next(iter(pictures.values())).shape[1:3]
     font, margin = ImageFont.load_default(size=12), 4
     text_width = max(int(font.getlength(caption)) for caption in captions) + 2 * margin
-    header = 20
+    names = {name: _wrapped(name, font, width) for name in pictures}
+    header = 5 + 15 * max(map(len, names.values()))
     canvas = Image.new(
         "RGB",
         (text_width + len(pictures) * (width + margin), header + len(captions) * (height + margin)),
@@ -78,7 +80,8 @@ def grid(columns: dict[str, np.ndarray], captions: Sequence[str], *, scale: int 
     draw = ImageDraw.Draw(canvas)
     for column, (name, batch) in enumerate(pictures.items()):
         left = text_width + column * (width + margin)
-        draw.text((left, 2), name, fill="black", font=font)
+        for line, words in enumerate(names[name]):
+            draw.text((left, 2 + 15 * line), words, fill="black", font=font)
         for row, picture in enumerate(batch):
             canvas.paste(Image.fromarray(picture), (left, header + row * (height + margin)))
     for row, caption in enumerate(captions):
@@ -86,6 +89,22 @@ def grid(columns: dict[str, np.ndarray], captions: Sequence[str], *, scale: int 
             (margin, header + row * (height + margin) + height // 2 - 8), caption, fill="black", font=font
         )
     return np.asarray(canvas)
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """Returns text in lines of so many pixels, broken between words, and within one that is longer."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines += [""] * bool(lines[-1])
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
 
 
 def tile(pictures: np.ndarray) -> np.ndarray:
