@@ -1,6 +1,9 @@
 """Trains the OpenMoji pipeline from nothing: tokenizer, autoencoders, two CLIPs, UNet. Hours on two cores.
 
+`further` goes on from the bundled pipeline instead: decoder, UNet and text tower are trained more.
+
 python launch/pretrain.py --config=configs/openmoji_teacher.py --workdir=runs/teacher
+python launch/pretrain.py --config=configs/openmoji_teacher.py:further --workdir=runs/teacher
 python launch/pretrain.py --config=configs/openmoji_teacher.py:runlocal --workdir=/tmp/teacher    (a minute)
 """
 
@@ -11,8 +14,16 @@ from sbv2_jax.openmoji.pretrain.settings import default_config, shrink
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Returns the run; `argument` may be "runlocal", which shrinks it to a few steps of tiny networks."""
+    """Returns the run; `argument` joins by commas "further" (from the bundled pipeline) and "runlocal", which shrinks it
+    to a few steps of tiny networks.
+    """
+    chosen = words(argument, "further", "runlocal")
     config = default_config()
-    if "runlocal" in words(argument, "runlocal"):
+    if "further" in chosen:
+        config.init = "bundled"
+        config.cooldown = 0.5
+        config.decoder.steps = 1500
+        config.unet.steps = 2200
+    if "runlocal" in chosen:
         shrink(config)
     return config

@@ -1,11 +1,13 @@
-"""The pre-training from beginning to end: the world, the tokenizer, five networks, one directory."""
+"""The pre-training from beginning to end: the world, the tokenizer, the networks, one directory."""
 
+import shutil
 import sys
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from sbv2_jax.checkpoint.files import mounted
+from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import Tokenizer, load_tokenizer
 from sbv2_jax.openmoji.identities import identities
@@ -39,9 +41,10 @@ def _pretrain(config: ConfigDict, workdir: Path, command: str) -> Path:
     world = open_world(
         workdir / "world", pictures=config.pictures, phrasings=config.phrasings, seed=config.seed
     )
-    tokenizer = _tokenizer(workdir / "tokenizer", world, config.tokenizer)
-    stages = Stages(config, workdir, world, tokenizer)
-    components = {name: stages.component(name) for name in settings.STAGES}
+    given = load_pipeline(config.init) if config.init else None
+    tokenizer = _tokenizer(workdir / "tokenizer", world, config.tokenizer, given)
+    stages = Stages(config, workdir, world, tokenizer, given)
+    components = {name: stages.component(name) for name in settings.COMPONENTS}
     write_bundle(
         workdir / "pipeline",
         components,
@@ -60,8 +63,10 @@ def _pretrain(config: ConfigDict, workdir: Path, command: str) -> Path:
     return workdir / "pipeline"
 
 
-def _tokenizer(directory: Path, world: World, config: ConfigDict) -> Tokenizer:
-    if not directory.is_dir():
+def _tokenizer(directory: Path, world: World, config: ConfigDict, given: PipelineParts | None) -> Tokenizer:
+    if given and not directory.is_dir():
+        shutil.copytree(given.component_dir("tokenizer"), directory)
+    elif not directory.is_dir():
         captions = (text for texts in world.captions for text in texts)
         train_tokenizer(captions, directory, **config)
     tokenizer = load_tokenizer(directory)

@@ -1,4 +1,4 @@
-"""The five networks in the order in which they build upon each other, each trained when it is first needed."""
+"""The networks in the order in which they build upon each other, each trained when it is first needed."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sbv2_jax.convert.formats.component import Component
+from sbv2_jax.convert.formats.pipeline import PipelineParts
 from sbv2_jax.models.clip import CLIPConfig, CLIPTextConfig
 from sbv2_jax.models.config import ModelConfig
 from sbv2_jax.models.network import Network
@@ -30,10 +31,21 @@ _PROMPTS = {"seen": 16, "recombined": 8, "held_out": 8}
 
 
 class Stages:
-    """The networks of one run; `component` trains what is missing, and what that builds upon."""
+    """The networks of one run; `component` trains what is missing, and what that builds upon.
 
-    def __init__(self, config: ConfigDict, workdir: Path, world: World, tokenizer: Tokenizer):
+    `given` is the pipeline that the run goes on from, if any.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        world: World,
+        tokenizer: Tokenizer,
+        given: PipelineParts | None = None,
+    ):
         self.config, self.workdir, self.world, self.tokenizer = config, workdir, world, tokenizer
+        self._given = given
         self._shared = Shared(
             workdir=workdir,
             seed=config.seed,
@@ -48,8 +60,43 @@ class Stages:
         """Returns the trained `vae`, `vae_tiny`, `text_encoder`, `clip` or `unet`."""
         return getattr(self, f"_{name}")
 
+    def _from_given(self, name: str) -> Component | None:
+        """Returns a network of the pipeline that the run goes on from, float32."""
+        return self._given and self._given.component(name, dtype=np.float32)
+
     @functools.cached_property
     def _vae(self) -> Component[VAEConfig]:
+        """The autoencoder, its decoder trained to the end."""
+        settings, first, net = self.config.decoder, self._encoded, self._vae_net
+        decoder, rest = vae.decoder_of(first.params)
+
+        def preview(params: Arrays) -> None:
+            self._write_vae_grid(self._reconstruct({**rest, **params}, self._validation[:_IN_GRID]))
+
+        params = train(
+            Stage(
+                name="decoder",
+                loss=vae.decoder_loss(net, settings, first.config.scaling_factor),
+                init=lambda: decoder,
+                inputs={
+                    "pictures": self.world.pictures,
+                    "latents": self._latents * np.float32(first.config.scaling_factor),
+                    "rest": rest,
+                },
+                settings=settings,
+                preview=preview,
+                fingerprint=digest(self.world.fingerprint, first.params),
+            ),
+            self._shared,
+        )
+        return Component(first.config, {**rest, **params})
+
+    @functools.cached_property
+    def _encoded(self) -> Component[VAEConfig]:
+        """The autoencoder whose encoder is as it stays; `_latents` are its."""
+        if given := self._from_given("vae"):
+            self._latents = self._cached_means(given.params)
+            return given
         settings, net = self.config.vae, self._vae_net
 
         def preview(params: Arrays) -> None:
@@ -78,6 +125,7 @@ class Stages:
 
     def _cached_means(self, params: Arrays) -> np.ndarray:
         path, name = self.workdir / "vae" / "latents.npz", digest(params)
+        path.parent.mkdir(exist_ok=True)
         if path.exists():
             with np.load(path) as stored:
                 if str(stored["of"]) == name:
@@ -90,6 +138,8 @@ class Stages:
 
     @functools.cached_property
     def _vae_tiny(self) -> Component[TinyVAEConfig]:
+        if given := self._from_given("vae_tiny"):
+            return given
         settings, large, net = self.config.vae_tiny, self._vae, self._tiny_net
         row = self._reconstruct(large.params, self._validation[:_IN_GRID])
 
@@ -113,11 +163,15 @@ class Stages:
     @functools.cached_property
     def _clip_text(self) -> Component[CLIPTextConfig]:
         """The text tower of the first CLIP; the rest of that CLIP has done its work."""
+        if given := self._from_given("text_encoder"):
+            return given
         whole = self._train_clip("text_encoder", seed=self.config.seed + 2)
         return Component(whole.config.text_config, clip.text_tower(whole.params))
 
     @functools.cached_property
     def _clip(self) -> Component[CLIPConfig]:
+        if given := self._from_given("clip"):
+            return given
         return self._train_clip("clip", seed=self.config.seed + 3)
 
     def _train_clip(self, name: str, seed: int) -> Component[CLIPConfig]:
@@ -151,12 +205,14 @@ class Stages:
     def _denoiser(self) -> dict[str, np.ndarray]:
         """The joined parameters of the UNet and its text tower."""
         settings, large, text = self.config.unet, self._vae, self._clip_text
-        net = network(self._unet_config)
+        net, given = network(self._unet_config), self._from_given("unet")
         return train(
             Stage(
                 name="unet",
                 loss=unet.unet_loss(net, network(text.config), settings),
-                init=lambda: unet.join(quiet_branches(net.init(self.config.seed + 4)), text.params),
+                init=lambda: unet.join(
+                    given.params if given else quiet_branches(net.init(self.config.seed + 4)), text.params
+                ),
                 inputs={
                     "latents": self._scaled_latents(),
                     "ids": self._ids,
@@ -171,6 +227,8 @@ class Stages:
 
     @functools.cached_property
     def _unet_config(self) -> UNetConfig:
+        if self._given:
+            return self._given.unet
         side = RESOLUTION // self._vae.config.downsampling
         width = self._clip_text.config.hidden_size
         return unet.unet_config(self.config.unet, width, side, self.config.vae.channels)
@@ -187,10 +245,12 @@ class Stages:
 
     @functools.cached_property
     def _vae_net(self) -> Network:
-        return network(vae.vae_config(self.config.vae, RESOLUTION))
+        return network(self._given.vae if self._given else vae.vae_config(self.config.vae, RESOLUTION))
 
     @functools.cached_property
     def _tiny_net(self) -> Network:
+        if self._given:
+            return network(self._given.configs["vae_tiny"])
         return network(vae.tiny_config(self.config.vae_tiny, self.config.vae.channels))
 
     @functools.cached_property

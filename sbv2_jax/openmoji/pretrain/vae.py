@@ -1,6 +1,7 @@
 """The autoencoder of the world, the tiny one in its latent space, and the latents that the UNet learns."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from sbv2_jax.openmoji.pretrain.loop import Loss, Metrics, draw_rows, quiet_bran
 from sbv2_jax.openmoji.pretrain.losses import kl_divergence, picture_loss
 from sbv2_jax.openmoji.pretrain.pictures import to_float
 from sbv2_jax.tree import Params
+
+T = TypeVar("T")
 
 
 def vae_config(settings: ConfigDict, sample_size: int, scaling_factor: float = 1.0) -> VAEConfig:
@@ -65,6 +68,32 @@ def vae_loss(network: Network, settings: ConfigDict) -> Loss:
         kl = kl_divergence(mean, log_variance).mean()
         metrics = {"loss/picture": picture, "loss/kl": kl, "latents/noise": jnp.exp(log_variance / 2).mean()}
         return picture + settings.kl * kl, metrics | {"latents/std": mean.std()}
+
+    return loss
+
+
+def decoder_of(params: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """Returns the parameters of an autoencoder's decoder, and the rest."""
+    mine = {name: leaf for name, leaf in params.items() if name.startswith(("decoder.", "post_quant_conv."))}
+    return mine, {name: leaf for name, leaf in params.items() if name not in mine}
+
+
+def decoder_loss(network: Network, settings: ConfigDict, scaling_factor: float) -> Loss:
+    """Returns the loss of a decoder over inputs {"pictures", "latents": float32 [N, h, w, c], scaled, "rest"}.
+
+    `rest` is the autoencoder without its decoder. Each picture's latents bear noise of a deviation of its own, up
+    to `settings.noise`: what a UNet samples lies beside the latents of real pictures, and is decoded no worse for it.
+    """
+
+    def loss(params: Params, inputs: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        pick, level, normal = jax.random.split(key, 3)
+        rows = draw_rows(pick, settings.batch_size, inputs["pictures"])
+        images, latents = to_float(inputs["pictures"][rows]), inputs["latents"][rows]
+        deviation = settings.noise * jax.random.uniform(level, (settings.batch_size, 1, 1, 1))
+        latents = (latents + deviation * jax.random.normal(normal, latents.shape)) / scaling_factor
+        decoded = network.apply({**inputs["rest"], **params}, latents, method="decode")
+        picture = picture_loss(decoded, images, settings.edges).mean()
+        return picture, {"loss/picture": picture}
 
     return loss
 
