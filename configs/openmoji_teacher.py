@@ -14,8 +14,8 @@ from sbv2_jax.openmoji.pretrain.settings import default_config, shrink
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Returns the run; `argument` joins by commas "further" (from the bundled pipeline) and "runlocal", which shrinks it
-    to a few steps of tiny networks.
+    """Returns the run; `argument` joins by commas "further" (from the bundled pipeline) and "runlocal" (a few steps of
+    tiny networks).
     """
     chosen = words(argument, "further", "runlocal")
     config = default_config()

@@ -23,7 +23,7 @@ from sbv2_jax.models.clip import CLIPTextConfig
 from sbv2_jax.models.clip_image import CLIPImageConfig
 from sbv2_jax.models.registry import network
 from sbv2_jax.openmoji import world as openmoji
-from sbv2_jax.openmoji.pretrain import loop, settings, stages, unet, vae
+from sbv2_jax.openmoji.pretrain import loop, losses, settings, stages, unet, vae
 from sbv2_jax.openmoji.pretrain.pictures import in_batches, to_float
 from sbv2_jax.openmoji.pretrain.run import pretrain
 from sbv2_jax.run.preemption import EXIT_PREEMPTED
@@ -147,12 +147,37 @@ def test_unet_overfits_four_latents_told_apart_by_their_captions(rng):
     assert np.abs(drawn - latents).mean() < 0.3
 
 
-def test_times_are_drawn_in_proportion_to_themselves_and_spread_evenly():
+def test_decoder_learns_on_from_latents_with_noise_and_leaves_the_encoder_alone(pictures):
+    config = tiny_config()
+    config.vae.update(widths=(8, 16, 16))
+    config.decoder.batch_size = 4
+    net = network(vae.vae_config(config.vae, 32))
+    decoder, rest = vae.decoder_of(net.init(0))
+    assert {name.split(".")[0] for name in decoder} == {"decoder", "post_quant_conv"}
+    assert {name.split(".")[0] for name in rest} == {"encoder", "quant_conv"}
+    latents = np.random.default_rng(0).standard_normal((4, 8, 8, 8)).astype(np.float32)
+    inputs = {"pictures": pictures, "latents": latents, "rest": rest}
+    loss = vae.decoder_loss(net, config.decoder, scaling_factor=0.5)
+    # Without noise it is the loss of the decoder's pictures; noise of the latents makes it another.
+    quiet = config.decoder.copy_and_resolve_references()
+    quiet.noise = 0.0
+    at = jax.random.key(1)
+    plain = vae.decoder_loss(net, quiet, scaling_factor=0.5)(decoder, inputs, at)[0]
+    rows = loop.draw_rows(jax.random.split(at, 3)[0], 4, pictures)
+    decoded = net.apply({**rest, **decoder}, latents[rows] / 0.5, method="decode")
+    wanted = losses.picture_loss(decoded, to_float(pictures[rows]), quiet.edges).mean()
+    assert relative_error(plain, wanted) < 1e-5
+    assert abs(loss(decoder, inputs, at)[0] - plain) > 1e-4
+    _, history = overfit(loss, decoder, inputs, "loss/picture", 40, 5e-3)
+    assert np.mean(history[-5:]) < 0.75 * history[0]
+
+
+def test_half_of_the_times_are_uniform_half_in_proportion_to_themselves_and_spread_evenly():
     t = np.asarray(unet.draw_times(jax.random.key(3), 64, 1000))
     assert t.min() >= 0 and t.max() <= 999
-    # The share below t is (t / 1000)^2, and no stretch of it has two more or fewer samples than its share.
+    # The share below t, and no stretch of it has two more or fewer samples than its share.
     for limit in range(100, 1001, 100):
-        assert abs(np.sum(t < limit) - 64 * (limit / 1000) ** 2) <= 1
+        assert abs(np.sum(t < limit) - 64 * (limit / 1000 + (limit / 1000) ** 2) / 2) <= 1
     assert len(set(t.tolist())) > 55
     assert not np.array_equal(t, unet.draw_times(jax.random.key(4), 64, 1000))
 
@@ -266,6 +291,27 @@ def test_complete_run_trains_nothing_again(undisturbed, monkeypatch):
     assert (undisturbed / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
+def test_a_run_goes_on_from_a_pipeline_whose_encoder_and_clip_stay(undisturbed, tmp_path):
+    given, config = undisturbed / "pipeline", tiny_config()
+    config.update(init=str(given), pictures=16)
+    config.decoder.steps = config.unet.steps = 2
+    pretrain(config, tmp_path, "python launch/pretrain.py")
+    trained = {stage for stage in settings.STAGES if (tmp_path / stage / "checkpoints").exists()}
+    assert trained == {"decoder", "unet"}
+    before, after = load_pipeline(given), load_pipeline(tmp_path / "pipeline")
+    for folder in ("tokenizer", "clip", "vae_tiny"):
+        assert contents(given / folder) == contents(tmp_path / "pipeline" / folder)
+    assert after.vae == before.vae  # its scaling factor too
+    moved = {
+        f"{name}.{key.split('.')[0]}"
+        for name in ("vae", "unet", "text_encoder")
+        for key, leaf in after.component(name).params.items()
+        if not np.array_equal(leaf, before.component(name).params[key])
+    }
+    assert {name for name in moved if name.startswith("vae.")} == {"vae.decoder", "vae.post_quant_conv"}
+    assert {"unet.mid_block", "text_encoder.text_model"} <= moved
+
+
 # What is not finite, and signals
 
 
@@ -360,6 +406,7 @@ def test_a_signal_while_the_world_is_drawn_ends_at_once(tmp_path):
     [
         ("unet.widths", (0,), "config.unet.widths must be a tuple"),
         ("vae.kl", -1.0, "config.vae.kl"),
+        ("decoder.noise", -0.1, "config.decoder.noise"),
         ("clip.twins", 3, "config.clip.twins = 3 must divide config.clip.batch_size = 4"),
     ],
 )
@@ -375,8 +422,17 @@ def test_config_file_gives_the_defaults_and_refuses_other_arguments():
     file = str(ROOT / "configs" / "openmoji_teacher.py")
     assert fields.load(file) == settings.default_config()
     assert fields.load(f"{file}:runlocal").unet.steps == 4
+    assert fields.load(f"{file}:further").init == "bundled"
     with pytest.raises(InputError, match="runlocal"):
         fields.load(f"{file}:runlocl")
+
+
+def test_a_pipeline_to_go_on_from_that_is_not_there_is_named_before_anything_is_drawn(tmp_path):
+    config = tiny_config()
+    config.init = str(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        pretrain(config, tmp_path / "run", "python launch/pretrain.py")
+    assert not (tmp_path / "run" / "world").exists()
 
 
 def test_command_names_an_unknown_field():

@@ -38,10 +38,10 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str) -> Path:
 
 
 def _pretrain(config: ConfigDict, workdir: Path, command: str) -> Path:
+    given = load_pipeline(config.init) if config.init else None
     world = open_world(
         workdir / "world", pictures=config.pictures, phrasings=config.phrasings, seed=config.seed
     )
-    given = load_pipeline(config.init) if config.init else None
     tokenizer = _tokenizer(workdir / "tokenizer", world, config.tokenizer, given)
     stages = Stages(config, workdir, world, tokenizer, given)
     components = {name: stages.component(name) for name in settings.COMPONENTS}

@@ -69,7 +69,9 @@ _VAE = _training(steps=3000, batch_size=16, lr=3e-3) | {
 }
 # The encoder is as it is by now: its latents are the UNet's. The decoder learns on, for a third of the cost of a step.
 _DECODER = _training(steps=3000, batch_size=16, lr=1.5e-3) | {
-    "noise": Field(0.1, number(0), "Largest deviation of the noise on the scaled latents that it learns from."),
+    "noise": Field(
+        0.1, number(0), "Largest deviation of the noise on the scaled latents that it learns from."
+    ),
     "edges": _edges(),
 }
 _VAE_TINY = _training(steps=2000, batch_size=8, lr=3e-3) | {
@@ -130,7 +132,9 @@ FIELDS: dict[str, Field] = {
     ),
     **{
         f"{stage}.{name}": field
-        for stage, declared in zip(STAGES, (_VAE, _DECODER, _VAE_TINY, _TEXT_ENCODER, _CLIP, _UNET), strict=True)
+        for stage, declared in zip(
+            STAGES, (_VAE, _DECODER, _VAE_TINY, _TEXT_ENCODER, _CLIP, _UNET), strict=True
+        )
         for name, field in declared.items()
     },
 }
