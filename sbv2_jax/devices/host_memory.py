@@ -40,6 +40,6 @@ def _glibc() -> ctypes.CDLL | None:
 
 def _on_cpu() -> bool:
     """Whether JAX will find no other device; a guess, which decides about nothing but memory."""
-    if chosen := jax.config.jax_platforms:
+    if chosen := jax.config.values["jax_platforms"]:
         return chosen.split(",")[0] == "cpu"
     return not any(file for name in _ACCELERATORS for file in Path("/dev").glob(name))

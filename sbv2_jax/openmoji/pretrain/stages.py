@@ -62,7 +62,7 @@ class Stages:
 
     def _from_given(self, name: str) -> Component | None:
         """Returns a network of the pipeline that the run goes on from, float32."""
-        return self._given and self._given.component(name, dtype=np.float32)
+        return self._given.component(name, dtype=np.float32) if self._given else None
 
     @functools.cached_property
     def _vae(self) -> Component[VAEConfig]:
