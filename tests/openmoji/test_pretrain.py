@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 import sbv2_jax
 from sbv2_jax import checkpoint, fields
 from sbv2_jax.convert.formats.pipeline import load_pipeline
+from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.clip import CLIPTextConfig
 from sbv2_jax.models.clip_image import CLIPImageConfig
@@ -427,10 +429,39 @@ def test_config_file_gives_the_defaults_and_refuses_other_arguments():
         fields.load(f"{file}:runlocl")
 
 
-def test_a_pipeline_to_go_on_from_that_is_not_there_is_named_before_anything_is_drawn(tmp_path):
-    config = tiny_config()
-    config.init = str(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="nowhere does not exist"):
+def nothing(pipeline: Path) -> None:
+    shutil.rmtree(pipeline)
+
+
+def no_tiny_decoder(pipeline: Path) -> None:
+    shutil.rmtree(pipeline / "vae_tiny")
+
+
+def another_noise(pipeline: Path) -> None:
+    path = pipeline / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "epsilon"}))
+
+
+def another_size(pipeline: Path) -> None:
+    path = pipeline / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 16}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (nothing, "given does not exist"),
+        (no_tiny_decoder, "vae_tiny does not exist"),
+        (another_noise, "config.init: the scheduler of .*given is not the one"),
+        (another_size, "config.init: .*given is no pipeline of pictures of 64 px"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_gone_on_from_is_named_before_anything_is_drawn(tmp_path, change, message):
+    config, given = tiny_config(), tmp_path / "given"
+    shutil.copytree(resolve("bundled"), given)
+    change(given)
+    config.init = str(given)
+    with pytest.raises(InputError, match=message):
         pretrain(config, tmp_path / "run", "python launch/pretrain.py")
     assert not (tmp_path / "run" / "world").exists()
 

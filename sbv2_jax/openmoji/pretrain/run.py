@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from sbv2_jax.checkpoint.files import mounted
 from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline
+from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import Tokenizer, load_tokenizer
 from sbv2_jax.openmoji.identities import identities
@@ -16,6 +17,8 @@ from sbv2_jax.openmoji.pretrain.bundle import write_bundle
 from sbv2_jax.openmoji.pretrain.dataset import World, open_world
 from sbv2_jax.openmoji.pretrain.stages import Stages
 from sbv2_jax.openmoji.pretrain.tokenizer import train_tokenizer
+from sbv2_jax.openmoji.pretrain.unet import SCHEDULER
+from sbv2_jax.openmoji.render import RESOLUTION
 from sbv2_jax.run.preemption import Preempted, ends_at_once
 
 
@@ -38,7 +41,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, command: str) -> Path:
 
 
 def _pretrain(config: ConfigDict, workdir: Path, command: str) -> Path:
-    given = load_pipeline(config.init) if config.init else None
+    given = _given(config.init) if config.init else None
     world = open_world(
         workdir / "world", pictures=config.pictures, phrasings=config.phrasings, seed=config.seed
     )
@@ -61,6 +64,21 @@ def _pretrain(config: ConfigDict, workdir: Path, command: str) -> Path:
         grids=[workdir / "grid_unet.png", workdir / "grid_vae.png"],
     )
     return workdir / "pipeline"
+
+
+def _given(name: str) -> PipelineParts:
+    """Opens the pipeline to go on from; raises InputError where a network is missing or it is of another world."""
+    given = load_pipeline(name)
+    for folder in settings.COMPONENTS:
+        given.component_dir(folder)
+    side = (given.unet.sample_size or 0) * given.vae.downsampling
+    if given.schedule_config != ScheduleConfig.from_dict(SCHEDULER):
+        raise InputError(f"config.init: the scheduler of {name} is not the one that pre-training has")
+    if not isinstance(given.tokenizer, Tokenizer) or side != RESOLUTION:
+        raise InputError(
+            f"config.init: {name} is no pipeline of pictures of {RESOLUTION} px with one text tower"
+        )
+    return given
 
 
 def _tokenizer(directory: Path, world: World, config: ConfigDict, given: PipelineParts | None) -> Tokenizer:
