@@ -27,17 +27,18 @@ def in_turns(sides: Mapping[str, Callable[[], object]], rounds: int, warm: int =
 def report(figure: str, seconds: Mapping[str, list[float]], images: int, **said: object) -> None:
     """Prints a line of JSON for each side, and one for how many times the images of the last side the first makes."""
     for name, found in seconds.items():
-        line = {"seconds": _spread(found), "images_per_second": round(images / statistics.median(found), 3)}
+        line = {"seconds": spread(found), "images_per_second": round(images / statistics.median(found), 3)}
         print(json.dumps({"figure": figure, "side": name, **said, **line}), flush=True)
     (first, ours), *_, (last, theirs) = seconds.items()
     ratios = [other / own for own, other in zip(ours, theirs, strict=True)]
     print(
-        json.dumps({"figure": figure, "side": f"{first} over {last}", **said, "ratio": _spread(ratios)}),
+        json.dumps({"figure": figure, "side": f"{first} over {last}", **said, "ratio": spread(ratios)}),
         flush=True,
     )
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Returns the median, the lowest and the highest."""
     ordered = sorted(values)
     figures = {"median": statistics.median(ordered), "low": ordered[0], "high": ordered[-1]}
     return {name: round(value, 4) for name, value in figures.items()}

@@ -1,15 +1,18 @@
-"""Metrics that tell the health of a run beside its losses: learning rates, the CLIP weight, seconds, memory."""
+"""Metrics that tell the health of a run beside its losses: learning rates, weights of terms, seconds, memory."""
 
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from sbv2_jax.distill import optimizers
+from sbv2_jax.distill.terms.term import Term
 from sbv2_jax.tree import GIB, leaf_names
 
 
@@ -20,10 +23,13 @@ class Health:
       config: of the run.
       state: that the first step takes, of which the student's optimizer tells how many updates there were: a step
         that is skipped is none.
+      terms: of the student's objective.
     """
 
-    def __init__(self, config: ConfigDict, state: Any):
+    def __init__(self, config: ConfigDict, state: Any, terms: Sequence[Term]):
         self._config, self._updates = config, _updates(state)
+        # Every other term has a weight of 1.
+        self._weighted = [term for term in terms if type(term).weight is not Term.weight]
         rates = {
             "student": _rate(config, config.student.lr, 1),
             "score": _rate(config, config.score.lr, config.score.updates_per_step),
@@ -34,15 +40,12 @@ class Health:
     def metrics(self, step: int, seconds: float, *, skipped: bool) -> dict[str, float]:
         """Returns the metrics of a step that took so long, without saves and pictures; called once for each.
 
-        `lr/NAME` is the rate of the (first) update of the step, `clip/weight` that of the CLIP loss in it, and so
-        the reward's, `memory/NAME_gib` what the host, and the fullest device, have had in use at most since the start.
+        `lr/NAME` is the rate of the (first) update of the step, `TERM/weight` what the objective multiplies a term by
+        in it, `memory/NAME_gib` what the host, and the fullest device, have had in use at most since the start.
         """
-        config = self._config
-        every = {"student": 1, "score": config.score.updates_per_step}
+        every = {"student": 1, "score": self._config.score.updates_per_step}
         found = {f"lr/{name}": float(rate(every[name] * self._updates)) for name, rate in self._rates.items()}
-        for name in ("clip", "reward"):
-            if config[name].model:
-                found[f"{name}/weight"] = config[name].weight * (1.0 - (step - 1) / config.steps)
+        found |= {f"{term.name}/weight": float(term.weight(jnp.asarray(step - 1))) for term in self._weighted}
         self._updates += not skipped
         return found | {"seconds_per_step": seconds} | _memory()
 

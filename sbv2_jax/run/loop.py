@@ -216,7 +216,7 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
             )
         stack.enter_context(log)
         guard = Guard(workdir, config.limits.latents_std)
-        record = Record(log, guard, Health(config, ready.state))
+        record = Record(log, guard, Health(config, ready.state, ready.run.method.terms))
 
         def read(step: int) -> Batch:
             updates = ready.run.method.updates

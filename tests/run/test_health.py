@@ -15,6 +15,7 @@ from tiny_pipeline import write_world
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.devices.sharding import shardings
 from sbv2_jax.distill.random_numbers import initial_noise
+from sbv2_jax.distill.terms.term import Term
 from sbv2_jax.models import lora
 from sbv2_jax.run import predictions
 from sbv2_jax.run.arrays import load_frozen, load_state, place
@@ -41,7 +42,7 @@ def at(count: int) -> dict:
 def test_rates_are_those_of_the_updates_that_were_made():
     """A rise over 4 updates, then a cosine over 6; a step that is skipped updates nothing."""
     changes = {"optimizer.warmup": 4, "optimizer.schedule": "cosine", "score.updates_per_step": 3}
-    health = Health(configuration(**changes), at(2))
+    health = Health(configuration(**changes), at(2), [Term()])
     want = [0.5, 0.75, 0.75, 1.0, 0.5 * (1 + math.cos(math.pi / 6))]
     for step, (share, skipped) in enumerate(zip(want, (False, True, False, False, False), strict=True), 4):
         found = health.metrics(step, 0.25, skipped=skipped)
@@ -60,11 +61,26 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
 
     ballast = np.ones(2**26)
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(2**30), Device(3 * 2**30), Device(5)])
-    found = Health(configuration(**{"clip.model": "x", "clip.weight": 0.2}), at(0)).metrics(
-        6, 1.0, skipped=False
-    )
+    found = Health(configuration(), at(0), []).metrics(6, 1.0, skipped=False)
     assert found["memory/device_gib"] == 3 and 0.5 < found["memory/host_gib"] < 200
-    assert found["clip/weight"] == pytest.approx(0.2 * 0.5) and ballast.sum() == 2**26
+    assert ballast.sum() == 2**26
+
+
+def test_weights_are_those_of_the_terms_that_the_run_has_whoever_wrote_them():
+    class Rising(Term):
+        """One of the user's own, in arrays."""
+
+        name = "rising"
+
+        def weight(self, step):
+            return 0.25 * jnp.minimum(step, 2)
+
+    # A CLIP that is named, but of no term, weighs nothing.
+    config = configuration(**{"clip.model": "x", "clip.weight": 0.2})
+    health = Health(config, at(0), [Term(), Rising()])
+    found = [health.metrics(step, 1.0, skipped=False) for step in (1, 2, 3, 4)]
+    assert [one["rising/weight"] for one in found] == [0.0, 0.25, 0.5, 0.5]
+    assert not {"clip/weight", "vsd/weight"} & found[0].keys()
 
 
 @pytest.fixture(scope="module")
