@@ -30,7 +30,15 @@ _MAY_CHANGE = (
 )
 # Fields, and groups of them, that there have not always been: a run before them did what their defaults say, so that
 # its checkpoints go on.
-_NEW = ("pairs", "prompts_column", "reward", "score.weighting", "student.timesteps", "terms")
+_NEW = (
+    "clip.schedule",
+    "pairs",
+    "prompts_column",
+    "reward",
+    "score.weighting",
+    "student.timesteps",
+    "terms",
+)
 FORMER = {
     name: list(field.default) if isinstance(field.default, tuple) else field.default
     for name, field in FIELDS.items()
@@ -47,12 +55,12 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
     """Returns the paper's main run on a machine: SD 2.1 base at 512 px, from SD-Turbo.
 
     `argument` is a config file's: "lora" is the second training, a LoRA with the CLIP loss (the first one trains
-    all weights), "regression" a start on pairs alone, from the teacher, where there is no SD-Turbo, "runlocal" shrinks
-    any to a minute on a laptop; they are joined by commas. `machine` holds
+    all weights); where there is no SD-Turbo, "v1" is SwiftBrush v1, from the teacher, and "regression" a start on pairs
+    alone; "runlocal" shrinks any to a minute on a laptop; they are joined by commas. `machine` holds
     the fields that fit the run to it. The directories are where a user is expected to put the checkpoints, of which
     docs/checkpoints.md says the sources; a hub id may stand for each.
     """
-    chosen = words(argument, "lora", "regression", "runlocal")
+    chosen = words(argument, "lora", "v1", "regression", "runlocal")
     config = default_config()
     config.teacher = "./checkpoints/stable-diffusion-2-1-base"
     config.architecture = "sd21-base"
@@ -67,6 +75,9 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
         config.clip.model = "./checkpoints/openclip-vit-b-32"
         config.clip.decoder = "./checkpoints/taesd"
         config.clip.weight = 0.1
+    if "v1" in chosen:
+        config.student.init = "teacher"
+        config.steps = 16_000  # 4.1 A100-days at 2.93 images/s (table 8)
     if "regression" in chosen:
         config.student.init = "teacher"
         config.steps = 10_000
@@ -119,7 +130,9 @@ def may_change(config: ConfigDict) -> tuple[str, ...]:
 
     The number of steps is one of them where neither a learning rate nor a weight falls towards the last.
     """
-    falls = config.optimizer.schedule == "cosine" or config.clip.weight > 0 or config.reward.weight > 0
+    falls = config.optimizer.schedule == "cosine" or any(
+        term.weight > 0 and term.schedule == "linear" for term in (config.clip, config.reward)
+    )
     return _MAY_CHANGE if falls else ("steps", *_MAY_CHANGE)
 
 

@@ -19,6 +19,10 @@ from sbv2_jax.fields import (
     whole,
 )
 
+_WEIGHT_SCHEDULE = Field(
+    "linear", one_of("linear", "constant"), 'Of the weight: "linear" falls to 0 at the end of the run.'
+)
+
 FIELDS: dict[str, Field] = {
     "steps": Field(
         48_000,
@@ -130,9 +134,8 @@ FIELDS: dict[str, Field] = {
     "clip.passes": Field(
         1, whole(1), "Parts of a batch that go through decoder and CLIP one after the other."
     ),
-    "clip.weight": Field(
-        0.0, number(0), "Weight of the CLIP loss at the first step; falls linearly to 0 over the run."
-    ),
+    "clip.weight": Field(0.0, number(0), "Weight of the CLIP loss at the first step."),
+    "clip.schedule": _WEIGHT_SCHEDULE,
     "clip.tau": Field(
         0.35, number(-1, 1), "A sample whose picture and text agree (cosine) by more than this adds nothing."
     ),
@@ -142,9 +145,8 @@ FIELDS: dict[str, Field] = {
         "A CLIP fitted to people's choices, such as HPSv2 (of convert.py from-openclip), as for `clip.model`; "
         '"" for no reward loss. Its pictures are decoded by `clip.decoder`, in `clip.passes`.',
     ),
-    "reward.weight": Field(
-        0.0, number(0), "Weight of the reward loss at the first step; falls linearly to 0 over the run."
-    ),
+    "reward.weight": Field(0.0, number(0), "Weight of the reward loss at the first step."),
+    "reward.schedule": _WEIGHT_SCHEDULE,
     "reward.tau": Field(
         0.3,
         number(-1, 1),

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 # All but the one of launch/pretrain.py.
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("[!_]*.py") if path.stem != "openmoji_teacher")
 
+SD21 = [path for path in CONFIGS if path.stem != "openmoji"]
+
 
 def with_field(name: str, value) -> ConfigDict:
     config = default_config()
@@ -105,6 +107,17 @@ def test_a_start_is_of_the_teacher_and_of_pairs_alone(path):
         assert config.pairs.path and not (config.clip.model or config.reward.model)
 
 
+@pytest.mark.parametrize("path", SD21, ids=lambda path: path.stem)
+def test_v1_starts_from_the_teacher_and_is_a_third_as_long(path):
+    v1, v2 = fields.load(f"{path}:v1").unlock(), fields.load(str(path)).unlock()
+    validate(v1)
+    assert (v1.student.init, v1.steps) == ("teacher", 16_000)
+    # 4.1 A100-days at 2.93 images a second, as the paper says.
+    assert v1.steps * v1.batch_size == pytest.approx(4.1 * 86_400 * 2.93, rel=0.02)
+    v1.student.init, v1.steps = v2.student.init, v2.steps
+    assert v1 == v2
+
+
 def test_the_second_training_has_lora_and_clip():
     for name in ("tpu_v4", "gpu"):
         config = fields.load(f"{ROOT}/configs/{name}.py:lora")
@@ -122,7 +135,13 @@ def test_no_model_of_a_config_file_is_asked_of_the_hub(path):
 
 @pytest.mark.parametrize(
     ("changes", "free"),
-    [({}, True), ({"optimizer.schedule": "cosine"}, False), ({"clip.weight": 0.1}, False)],
+    [
+        ({}, True),
+        ({"optimizer.schedule": "cosine"}, False),
+        ({"clip.weight": 0.1}, False),
+        ({"clip.weight": 0.1, "clip.schedule": "constant"}, True),
+        ({"clip.weight": 0.1, "clip.schedule": "constant", "reward.weight": 0.1}, False),
+    ],
 )
 def test_the_number_of_steps_may_change_where_nothing_falls_towards_the_last(changes, free):
     config = default_config()
@@ -278,11 +297,13 @@ def test_a_guidance_that_is_neither_is_refused(value):
 def test_what_a_run_did_before_there_was_a_field_is_known():
     """A default that changes would change what such a checkpoint was trained with."""
     assert FORMER == {
+        "clip.schedule": "linear",
         "pairs.path": "",
         "pairs.share": 0.05,
         "pairs.weight": 0.25,
         "prompts_column": "",
         "reward.model": "",
+        "reward.schedule": "linear",
         "reward.tau": 0.3,
         "reward.weight": 0.0,
         "score.weighting": "epsilon",

@@ -37,8 +37,8 @@ class ClampedCLIP(Term):
     """The clamped CLIP loss, whose gradient flows through CLIP, the resize and the decoder into the samples.
 
     `image_features(params, pictures)` and `text_features(params, input_ids)` return [B, D]. `first` is its weight at
-    step 0, which falls linearly to nothing over `steps` steps. The fields of the configuration's group `name` are its
-    own, and the CLIP has that name; the decoder is one for all.
+    step 0, which falls linearly to nothing over `steps` steps, unless that is None. The fields of the configuration's
+    group `name` are its own, and the CLIP has that name; the decoder is one for all.
     """
 
     name: ClassVar[str] = "clip"
@@ -47,7 +47,7 @@ class ClampedCLIP(Term):
     decode: Decode
     image_features: Callable[[Params, jax.Array], jax.Array]
     text_features: Callable[[Params, jax.Array], jax.Array]
-    steps: int
+    steps: int | None = None
     first: float = 0.0
     tau: float = 0.35
     passes: int = 1
@@ -84,15 +84,15 @@ class ClampedCLIP(Term):
             decode=decoder(setting, "decoder", "config.clip.decoder"),
             image_features=image_features,
             text_features=text_features,
-            steps=config.steps,
+            steps=config.steps if own.schedule == "linear" else None,
             first=own.weight,
             tau=own.tau,
             passes=config.clip.passes,
         )
 
-    def weight(self, step: jax.Array) -> jax.Array:
-        """Returns its weight, which falls linearly to nothing (SwiftBrush v2, section 4.3)."""
-        return self.first * (1.0 - step / self.steps)
+    def weight(self, step: jax.Array) -> float | jax.Array:
+        """Returns its weight, which falls linearly to nothing (SwiftBrush v2, section 4.3), or is the same always."""
+        return self.first if self.steps is None else self.first * (1.0 - step / self.steps)
 
     def encode(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the features of the prompts, [B, D]."""
