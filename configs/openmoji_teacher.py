@@ -23,7 +23,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.init = "bundled"
         config.cooldown = 0.5
         config.decoder.steps = 1500
-        config.unet.steps = 2200
+        config.unet.steps = 1500
     if "runlocal" in chosen:
         shrink(config)
     return config

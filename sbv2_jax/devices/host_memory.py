@@ -1,4 +1,4 @@
-"""The memory of a process whose device is the CPU, where each step takes and frees what it computes with."""
+"""The memory of a process whose device is the CPU: what compiling takes is not held beside what the steps take."""
 
 import ctypes
 import platform
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import jax
 
-# glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_ARENA_MAX = -8  # glibc's malloc.h
 # What TPUs and GPUs are to Linux.
 _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")
 
@@ -22,16 +21,14 @@ def share_one_arena() -> None:
         libc.mallopt(_M_ARENA_MAX, 1)
 
 
-def keep_freed_memory() -> None:
-    """Gives the kernel what is free now, and keeps what is freed from now on, where the CPU is the device.
+def give_back_freed_memory() -> None:
+    """Gives the kernel what is free now, such as what compiling has left, where the CPU is the device.
 
-    The first is what compiling has left. The second is for the steps: glibc would give their large blocks back at once
-    and get them again a moment later, page by page and zeroed, an eighth of the cores' time in the OpenMoji step.
+    That large blocks go back at each step costs an eighth of the cores' time in the OpenMoji run, in pages that the
+    kernel clears again; but kept, they are cut up by what is allocated between two steps, and a GiB is taken anew.
     """
     if (libc := _glibc()) and jax.default_backend() == "cpu":
         libc.malloc_trim(0)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def _glibc() -> ctypes.CDLL | None:

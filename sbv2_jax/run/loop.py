@@ -21,7 +21,7 @@ from sbv2_jax.data.prompts import PromptSource, describe_cut, notes_of, open_pro
 from sbv2_jax.data.rows import Filling
 from sbv2_jax.devices import processes
 from sbv2_jax.devices.cache import use_cache
-from sbv2_jax.devices.host_memory import keep_freed_memory, share_one_arena
+from sbv2_jax.devices.host_memory import give_back_freed_memory, share_one_arena
 from sbv2_jax.devices.sharding import Layout
 from sbv2_jax.distill.gradients import Batch
 from sbv2_jax.distill.state import Frozen, TrainState
@@ -76,7 +76,7 @@ def train(
     with contextlib.ExitStack() as held, processes.ending_together():
         with ends_at_once():
             ready = make_ready(config, workdir, force, held)
-        keep_freed_memory()
+        give_back_freed_memory()
         stopped = advance(config, workdir, ready)
         held.close()  # the last step is safe
         if stopped:
