@@ -30,7 +30,7 @@ _MAY_CHANGE = (
 )
 # Fields, and groups of them, that there have not always been: a run before them did what their defaults say, so that
 # its checkpoints go on.
-_NEW = ("pairs", "prompts_column", "reward", "score.weighting", "student.timesteps", "terms")
+_NEW = ("clip.schedule", "pairs", "prompts_column", "reward", "score.weighting", "student.timesteps", "terms")
 FORMER = {
     name: list(field.default) if isinstance(field.default, tuple) else field.default
     for name, field in FIELDS.items()
@@ -119,7 +119,9 @@ def may_change(config: ConfigDict) -> tuple[str, ...]:
 
     The number of steps is one of them where neither a learning rate nor a weight falls towards the last.
     """
-    falls = config.optimizer.schedule == "cosine" or config.clip.weight > 0 or config.reward.weight > 0
+    falls = config.optimizer.schedule == "cosine" or any(
+        own.weight > 0 and own.schedule == "linear" for own in (config.clip, config.reward)
+    )
     return _MAY_CHANGE if falls else ("steps", *_MAY_CHANGE)
 
 

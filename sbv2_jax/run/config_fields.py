@@ -131,7 +131,12 @@ FIELDS: dict[str, Field] = {
         1, whole(1), "Parts of a batch that go through decoder and CLIP one after the other."
     ),
     "clip.weight": Field(
-        0.0, number(0), "Weight of the CLIP loss at the first step; falls linearly to 0 over the run."
+        0.0, number(0), "Weight of the CLIP loss at the first step; what becomes of it, `clip.schedule` says."
+    ),
+    "clip.schedule": Field(
+        "linear",
+        one_of("linear", "constant"),
+        'Of its weight: "linear" falls to 0 over the run, "constant" stays.',
     ),
     "clip.tau": Field(
         0.35, number(-1, 1), "A sample whose picture and text agree (cosine) by more than this adds nothing."
@@ -142,9 +147,8 @@ FIELDS: dict[str, Field] = {
         "A CLIP fitted to people's choices, such as HPSv2 (of convert.py from-openclip), as for `clip.model`; "
         '"" for no reward loss. Its pictures are decoded by `clip.decoder`, in `clip.passes`.',
     ),
-    "reward.weight": Field(
-        0.0, number(0), "Weight of the reward loss at the first step; falls linearly to 0 over the run."
-    ),
+    "reward.weight": Field(0.0, number(0), "Weight of the reward loss at the first step, as `clip.weight`."),
+    "reward.schedule": Field("linear", one_of("linear", "constant"), "As `clip.schedule`."),
     "reward.tau": Field(
         0.3,
         number(-1, 1),

@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sbv2_jax.distill import optimizers
+from sbv2_jax.distill.terms.clip import weight_at
 from sbv2_jax.tree import GIB, leaf_names
 
 
@@ -42,7 +43,8 @@ class Health:
         found = {f"lr/{name}": float(rate(every[name] * self._updates)) for name, rate in self._rates.items()}
         for name in ("clip", "reward"):
             if config[name].model:
-                found[f"{name}/weight"] = config[name].weight * (1.0 - (step - 1) / config.steps)
+                own = config[name]
+                found[f"{name}/weight"] = float(weight_at(own.weight, own.schedule, step - 1, config.steps))
         self._updates += not skipped
         return found | {"seconds_per_step": seconds} | _memory()
 

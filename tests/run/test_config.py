@@ -122,7 +122,12 @@ def test_no_model_of_a_config_file_is_asked_of_the_hub(path):
 
 @pytest.mark.parametrize(
     ("changes", "free"),
-    [({}, True), ({"optimizer.schedule": "cosine"}, False), ({"clip.weight": 0.1}, False)],
+    [
+        ({}, True),
+        ({"optimizer.schedule": "cosine"}, False),
+        ({"clip.weight": 0.1}, False),
+        ({"clip.weight": 0.1, "clip.schedule": "constant"}, True),
+    ],
 )
 def test_the_number_of_steps_may_change_where_nothing_falls_towards_the_last(changes, free):
     config = default_config()

@@ -67,6 +67,11 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
     assert found["clip/weight"] == pytest.approx(0.2 * 0.5) and ballast.sum() == 2**26
 
 
+def test_a_constant_clip_weight_is_logged_as_it_is():
+    changes = {"clip.model": "x", "clip.weight": 0.2, "clip.schedule": "constant"}
+    assert Health(configuration(**changes), at(0)).metrics(6, 1.0, skipped=False)["clip/weight"] == 0.2
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run on the tiny pipeline, its score model no longer the teacher's."""

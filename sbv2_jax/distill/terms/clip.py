@@ -32,13 +32,21 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(a * b, axis=-1) / norms
 
 
+def weight_at(first: float, schedule: str, step: jax.Array | int, steps: int) -> jax.Array | float:
+    """Returns the weight of the loss after `step` of `steps` steps, which begins as `first`.
+
+    Schedule "linear": it falls linearly to nothing (SwiftBrush v2, section 4.3); "constant": it stays.
+    """
+    return first * (1.0 - step / steps) if schedule == "linear" else first
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ClampedCLIP(Term):
     """The clamped CLIP loss, whose gradient flows through CLIP, the resize and the decoder into the samples.
 
     `image_features(params, pictures)` and `text_features(params, input_ids)` return [B, D]. `first` is its weight at
-    step 0, which falls linearly to nothing over `steps` steps. The fields of the configuration's group `name` are its
-    own, and the CLIP has that name; the decoder is one for all.
+    step 0, which changes by the `schedule` over `steps` steps (`weight_at`). The fields of the configuration's group
+    `name` are its own, and the CLIP has that name; the decoder is one for all.
     """
 
     name: ClassVar[str] = "clip"
@@ -49,6 +57,7 @@ class ClampedCLIP(Term):
     text_features: Callable[[Params, jax.Array], jax.Array]
     steps: int
     first: float = 0.0
+    schedule: str = "linear"
     tau: float = 0.35
     passes: int = 1
 
@@ -86,13 +95,14 @@ class ClampedCLIP(Term):
             text_features=text_features,
             steps=config.steps,
             first=own.weight,
+            schedule=own.schedule,
             tau=own.tau,
             passes=config.clip.passes,
         )
 
-    def weight(self, step: jax.Array) -> jax.Array:
-        """Returns its weight, which falls linearly to nothing (SwiftBrush v2, section 4.3)."""
-        return self.first * (1.0 - step / self.steps)
+    def weight(self, step: jax.Array) -> jax.Array | float:
+        """Returns its weight at a step."""
+        return weight_at(self.first, self.schedule, step, self.steps)
 
     def encode(self, frozen: Frozen, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the features of the prompts, [B, D]."""
