@@ -24,7 +24,8 @@ Figures = dict[tuple[str, str], Interval]
 class Row:
     """A source by its name and settings, and its figures; `directory` holds the pictures that are shown.
 
-    `rate` is the pictures drawn a second, 0 where all were there. Not the source itself: it holds a pipeline.
+    `rate` is the pictures drawn a second, 0 where all were there; `forwards` is that of the source. Not the source
+    itself: it holds a pipeline.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     figures: Figures
     directory: Path
     rate: float
+    forwards: int | None = None
 
     @property
     def without_seed(self) -> tuple:
@@ -123,6 +125,7 @@ def evaluate(protocol: Protocol, sources: Iterable[Source], out: Path, cache: Pa
                 figures=figures,
                 directory=directory,
                 rate=rate,
+                forwards=source.forwards,
             )
         )
     references = {f"network {label}": weight for label, weight in weights.items()}

@@ -35,11 +35,16 @@ def as_json(evaluation: Evaluation, command: str) -> dict[str, Any]:
         "versions": versions(*_PACKAGES),
         "references": evaluation.references,
         "not_measured": list(protocol.absent),
+        "rule": {
+            "decisive": _ways(evaluation, protocol.decisive),
+            "guarded": _ways(evaluation, protocol.guarded),
+        },
         "sources": [
             {
                 "name": row.name,
                 "settings": dict(row.settings),
                 "sha256": row.fingerprint,
+                "forwards": row.forwards,
                 "figures": _nested(row.figures),
             }
             for row in evaluation.rows
@@ -137,6 +142,14 @@ def _nested(figures: dict[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
         said = value._asdict() if isinstance(value, Interval) else [one._asdict() for one in value]
         nested.setdefault(label, {})[name] = said
     return nested
+
+
+def _ways(evaluation: Evaluation, names: Sequence[tuple[str, str]]) -> dict[str, dict[str, str | None]]:
+    """Returns which direction of each of these figures, where it is measured, is the better one."""
+    ways: dict[str, dict[str, str | None]] = {}
+    for label, figure in (name for name in names if name in evaluation.better):
+        ways.setdefault(label, {})[figure] = evaluation.better[label, figure]
+    return ways
 
 
 def _title(row: Row) -> str:

@@ -20,13 +20,14 @@ class Source:
     """Pictures of prompts: `draw(rows, prompts)` gives one for each, uint8 [H, W, 3].
 
     A picture depends on its prompt, its row and the settings alone, which are what a report says of it; the seed is
-    among them.
+    among them. `forwards` is how often a picture takes the UNet; None where nothing is drawn.
     """
 
     name: str
     settings: Mapping[str, Any]
     fingerprint: str
     draw: Callable[[Sequence[int], Sequence[str]], Sequence[np.ndarray]]
+    forwards: int | None = None
 
 
 def of_pipeline(
@@ -69,7 +70,8 @@ def of_pipeline(
         settings["sampler"] = sampler
     shown = f"{model}, {steps} step{'s' if steps > 1 else ''}"
     shown += f", guidance {guidance:g}" if is_guided(guidance) else ""
-    return Source(name=shown, settings=settings, fingerprint=fingerprint, draw=draw)
+    forwards = steps * (2 if is_guided(guidance) else 1)
+    return Source(name=shown, settings=settings, fingerprint=fingerprint, draw=draw, forwards=forwards)
 
 
 def of_folder(directory: str | Path, count: int) -> Source:

@@ -211,6 +211,12 @@ def test_clip_weight_falls_linearly_to_nothing(toy):
     assert max(np.abs(leaf).max() for leaf in first.values()) > 1e-3
 
 
+def test_a_constant_clip_weight_is_the_same_to_the_end(toy):
+    (falling,) = [term for term in toy.method.terms if term.name == "clip"]
+    constant = dataclasses.replace(falling, first=0.5, schedule="constant")
+    assert [constant.weight(jnp.int32(step)) for step in (0, 7, 20)] == [0.5] * 3
+
+
 def test_one_prompt_that_gives_nan_leaves_the_state_and_the_next_batch_goes_on(toy, plain_step):
     text = toy.frozen["text_encoder"]
     poisoned = {"table.embedding": text["table.embedding"].at[toy_world.VOCABULARY - 1].set(np.nan)}

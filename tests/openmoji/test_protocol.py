@@ -1,8 +1,13 @@
 """The world's protocol: what is compared with what, and what the classifier of facts reads."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from sbv2_jax.evaluate.measure import Evaluation, Row
+from sbv2_jax.evaluate.report import as_json
+from sbv2_jax.evaluate.sources import of_pipeline
 from sbv2_jax.openmoji import scenes
 from sbv2_jax.openmoji.facts import Facts
 from sbv2_jax.openmoji.protocol import in_training, openmoji, real_pictures
@@ -71,6 +76,27 @@ def test_prompts_real_pictures_and_training_pictures_are_of_different_draws():
     assert protocol.fingerprint() == openmoji(count=6, images=2).fingerprint()
     assert protocol.fingerprint() != openmoji(count=6, images=2, split="validation").fingerprint()
     assert {name for panel, name in protocol.decisive} == {"FD", "KID"}
+
+
+def test_a_report_has_the_rule_of_the_verdict_and_the_forwards_of_a_picture(tmp_path):
+    protocol = openmoji(count=6)
+    pipeline = SimpleNamespace(settled=lambda steps, sampler: (steps or 2, sampler or "lcm"))
+    drawn = [
+        of_pipeline("m", pipeline, "", steps=steps, guidance=guidance, sampler=None, seed=0, batch_size=1)
+        for steps, guidance in ((4, 2.0), (4, 1.0), (None, 1.0))
+    ]
+    assert [one.forwards for one in drawn] == [8, 4, 2]
+    row = Row(name="m", settings={}, fingerprint="", figures={}, directory=tmp_path, rate=0.0, forwards=8)
+    better = protocol.better()
+    found = as_json(
+        Evaluation(protocol=protocol, rows=[row], comparisons=[], references={}, better=better), "c"
+    )
+    assert found["sources"][0]["forwards"] == 8
+    for part, ways in {
+        "decisive": {"FD": "lower", "KID": "lower"},
+        "guarded": {"recall": "higher", "drawing": "higher"},
+    }.items():
+        assert found["rule"][part] == {name: ways for name in ("efficientnet-lite0", "efficientnet-lite2")}
 
 
 def test_one_judge_gives_its_figures_and_no_verdict():
