@@ -47,12 +47,12 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
     """Returns the paper's main run on a machine: SD 2.1 base at 512 px, from SD-Turbo.
 
     `argument` is a config file's: "lora" is the second training, a LoRA with the CLIP loss (the first one trains
-    all weights), "regression" a start on pairs alone, from the teacher, where there is no SD-Turbo, "runlocal" shrinks
-    any to a minute on a laptop; they are joined by commas. `machine` holds
+    all weights), "v1" SwiftBrush v1 and "regression" a training on pairs alone, starts from the teacher for where there
+    is no SD-Turbo, "runlocal" shrinks any to a minute on a laptop; they are joined by commas. `machine` holds
     the fields that fit the run to it. The directories are where a user is expected to put the checkpoints, of which
     docs/checkpoints.md says the sources; a hub id may stand for each.
     """
-    chosen = words(argument, "lora", "regression", "runlocal")
+    chosen = words(argument, "lora", "v1", "regression", "runlocal")
     config = default_config()
     config.teacher = "./checkpoints/stable-diffusion-2-1-base"
     config.architecture = "sd21-base"
@@ -67,6 +67,10 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
         config.clip.model = "./checkpoints/openclip-vit-b-32"
         config.clip.decoder = "./checkpoints/taesd"
         config.clip.weight = 0.1
+    if "v1" in chosen:
+        swiftbrush_v1(config)
+        config.steps = 16_000  # its 4.1 A100-days (SwiftBrush v2, table 8) at its 2.93 images/s
+        config.score.alpha = 108.0
     if "regression" in chosen:
         config.student.init = "teacher"
         config.steps = 10_000
@@ -76,6 +80,20 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
     if "runlocal" in chosen:
         shrink(config)
     return config
+
+
+def swiftbrush_v1(config: ConfigDict) -> None:
+    """Makes a run, in place, one of SwiftBrush v1, a start for any teacher (SwiftBrush v2, sections 4.2 and 7.3).
+
+    It is the VSD loss alone, by SwiftBrush's weight, on all weights of the student, which are the teacher's at first;
+    its published code has no weight decay.
+    """
+    config.terms = ("vsd",)
+    config.student.update(init="teacher", mode="full")
+    config.vsd.weighting = "sbv2"
+    config.optimizer.weight_decay = 0.0
+    config.clip.update(model="", weight=0.0)
+    config.reward.update(model="", weight=0.0)
 
 
 def regress(config: ConfigDict) -> None:

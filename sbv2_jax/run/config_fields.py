@@ -56,7 +56,9 @@ FIELDS: dict[str, Field] = {
         '(on pairs.path), and any of yours, as "package.module:Class" or "path/file.py:Class" (docs/extending.md).',
     ),
     "student.init": Field(
-        "teacher", text(), '"teacher", or where its UNet comes from: as for `teacher`, such as SD-Turbo.'
+        "teacher",
+        text(),
+        '"teacher", or where its UNet comes from: as for `teacher`, such as SD-Turbo; or a run, of its export.',
     ),
     "student.mode": Field(
         "full", one_of("full", "lora"), '"full" trains every weight, "lora" trains low-rank updates of some.'

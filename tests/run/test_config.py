@@ -105,6 +105,20 @@ def test_a_start_is_of_the_teacher_and_of_pairs_alone(path):
         assert config.pairs.path and not (config.clip.model or config.reward.model)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_first_version_is_vsd_alone_from_the_teacher_s_weights(path):
+    for argument in ("v1", "v1,runlocal", "lora,v1"):
+        config = fields.load(f"{path}:{argument}")
+        validate(config)
+        assert (config.terms, config.student.init, config.student.mode) == (("vsd",), "teacher", "full")
+        assert (config.vsd.weighting, config.optimizer.weight_decay) == ("sbv2", 0)
+        assert config.ema and not (config.clip.model or config.reward.model)
+    if path.stem != "openmoji":
+        config = fields.load(f"{path}:v1")
+        assert (config.steps, config.batch_size, config.score.alpha) == (16_000, 64, 108)
+        assert (config.student.lr, config.score.lr, config.vsd.guidance) == (1e-6, 1e-3, 4.5)
+
+
 def test_the_second_training_has_lora_and_clip():
     for name in ("tpu_v4", "gpu"):
         config = fields.load(f"{ROOT}/configs/{name}.py:lora")
