@@ -30,7 +30,7 @@ _MAY_CHANGE = (
 )
 # Fields, and groups of them, that there have not always been: a run before them did what their defaults say, so that
 # its checkpoints go on.
-_NEW = ("pairs", "prompts_column", "reward", "score.weighting", "student.timesteps", "terms")
+_NEW = ("gan", "pairs", "prompts_column", "reward", "score.weighting", "student.timesteps", "terms")
 FORMER = {
     name: list(field.default) if isinstance(field.default, tuple) else field.default
     for name, field in FIELDS.items()
@@ -192,7 +192,7 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
             own.weight > 0 and name not in config.terms,
             f"config.{name}.weight = {own.weight:g} needs {name!r} in config.terms",
         )
-    groups = {"vsd": "vsd", "clip": "clip", "reward": "reward", "regression": "pairs"}
+    groups = {"vsd": "vsd", "clip": "clip", "reward": "reward", "regression": "pairs", "gan": "gan"}
     weighted = [groups[term] for term in config.terms if term in groups]
     yield (
         len(weighted) == len(config.terms) and not any(config[name].weight for name in weighted),
@@ -201,6 +201,14 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
     yield (
         "regression" in config.terms and not config.pairs.path,
         "config.terms has 'regression', which needs a config.pairs.path: launch/pairs.py makes the pairs",
+    )
+    yield (
+        "gan" in config.terms and not config.gan.path,
+        "config.terms has 'gan', which needs a config.gan.path: launch/latents.py makes the latents of real pictures",
+    )
+    yield (
+        config.gan.path != "" and "gan" not in config.terms,
+        f"config.gan.path = {config.gan.path!r} needs 'gan' in config.terms",
     )
     yield (
         "regression" in config.terms and len(config.student.timesteps) > 1,

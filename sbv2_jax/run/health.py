@@ -27,6 +27,7 @@ class Health:
         rates = {
             "student": _rate(config, config.student.lr, 1),
             "score": _rate(config, config.score.lr, config.score.updates_per_step),
+            "discriminator": _rate(config, config.gan.lr, 1),
         }
         trained = {name.partition("_opt.")[0] for name in leaf_names(state)}
         self._rates = {name: rate for name, rate in rates.items() if name in trained}
@@ -38,8 +39,11 @@ class Health:
         the reward's, `memory/NAME_gib` what the host, and the fullest device, have had in use at most since the start.
         """
         config = self._config
-        every = {"student": 1, "score": config.score.updates_per_step}
-        found = {f"lr/{name}": float(rate(every[name] * self._updates)) for name, rate in self._rates.items()}
+        every = {"score": config.score.updates_per_step}
+        found = {
+            f"lr/{name}": float(rate(every.get(name, 1) * self._updates))
+            for name, rate in self._rates.items()
+        }
         for name in ("clip", "reward"):
             if config[name].model:
                 found[f"{name}/weight"] = config[name].weight * (1.0 - (step - 1) / config.steps)

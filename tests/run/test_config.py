@@ -189,6 +189,8 @@ def test_a_wrong_type_or_range_names_the_field(name, value, says):
         ),
         ({"vsd.weight": 0.0}, "config.vsd.weight and config.clip.weight are 0: nothing"),
         ({"pairs.path": "pairs"}, "config.pairs.path = 'pairs' needs 'regression' in config.terms"),
+        ({"gan.path": "real"}, "config.gan.path = 'real' needs 'gan' in config.terms"),
+        ({"terms": ("vsd", "gan")}, "'gan', which needs a config.gan.path: launch/latents.py"),
         ({"terms": ("vsd", "regression")}, "'regression', which needs a config.pairs.path: launch/pairs.py"),
         (
             {"terms": ("regression",), "pairs.path": "pairs", "pairs.weight": 0.0},
@@ -292,6 +294,10 @@ def test_a_guidance_that_is_neither_is_refused(value):
 def test_what_a_run_did_before_there_was_a_field_is_known():
     """A default that changes would change what such a checkpoint was trained with."""
     assert FORMER == {
+        "gan.lr": 1e-4,
+        "gan.path": "",
+        "gan.share": 0.5,
+        "gan.weight": 1e-3,
         "pairs.path": "",
         "pairs.share": 0.05,
         "pairs.weight": 0.25,
