@@ -2,6 +2,7 @@
 
 python launch/train.py --config=configs/openmoji.py --workdir=runs/openmoji
 python launch/train.py --config=configs/openmoji.py:lora --workdir=runs/openmoji-lora    (with the CLIP loss)
+python launch/train.py --config=configs/openmoji.py:v1 --workdir=runs/v1                 (SwiftBrush v1)
 python launch/train.py --config=configs/openmoji.py:regression --workdir=runs/start      (on pairs: docs/pairs.md)
 python launch/train.py --config=configs/openmoji.py:runlocal --workdir=/tmp/openmoji     (10 steps)
 """
@@ -10,14 +11,14 @@ from ml_collections import ConfigDict
 
 from sbv2_jax.fields import words
 from sbv2_jax.openmoji import world as openmoji
-from sbv2_jax.run.config import default_config, regress, shrink
+from sbv2_jax.run.config import default_config, regress, shrink, swiftbrush_v1
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Returns the run; `argument` joins by commas "lora" (the second training of the paper), "regression" (on pairs
-    alone, as a start) and "runlocal".
+    """Returns the run; `argument` joins by commas "lora" (the second training of the paper), "v1" (SwiftBrush's
+    first version) and "regression" (on pairs alone), both as a start, and "runlocal".
     """
-    chosen = words(argument, "lora", "regression", "runlocal")
+    chosen = words(argument, "lora", "v1", "regression", "runlocal")
     config = default_config()
     config.steps = 400
     config.student.lr = 4e-4  # the network is 100 times smaller than SD's
@@ -47,6 +48,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.clip.model = "bundled"
         config.clip.weight = 1.0
         config.clip.tau = 0.85  # this CLIP gives real pictures 0.9, and the teacher's one step 0.75
+    if "v1" in chosen:
+        swiftbrush_v1(config)
     if "regression" in chosen:
         regress(config)
     if "runlocal" in chosen:

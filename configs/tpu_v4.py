@@ -7,7 +7,7 @@ chip a step waits for its weights, not for arithmetic, and a chip makes half as 
 python launch/train.py --config=configs/tpu_v4.py --workdir=runs/sd21 \
     --config.teacher=DIR --config.student.init=DIR --config.prompts=FILE
 python launch/train.py --config=configs/tpu_v4.py:lora ...               (LoRA training with the CLIP loss)
-python launch/train.py --config=configs/tpu_v4.py:v1 ...                 (SwiftBrush v1: no SD-Turbo is needed)
+python launch/train.py --config=configs/tpu_v4.py:v1 ...                 (SwiftBrush v1: a start for any teacher)
 python launch/train.py --config=configs/tpu_v4.py:regression ...         (a start on pairs: docs/pairs.md)
 python launch/train.py --config=configs/tpu_v4.py:runlocal --workdir=/tmp/sd21    (10 steps on a laptop)
 """

@@ -3,7 +3,7 @@
 python launch/train.py --config=configs/tpu_v5e.py --workdir=runs/sd21 \
     --config.teacher=DIR --config.student.init=DIR --config.prompts=FILE
 python launch/train.py --config=configs/tpu_v5e.py:lora ...               (LoRA training with the CLIP loss)
-python launch/train.py --config=configs/tpu_v5e.py:v1 ...                 (SwiftBrush v1: no SD-Turbo is needed)
+python launch/train.py --config=configs/tpu_v5e.py:v1 ...                 (SwiftBrush v1: a start for any teacher)
 python launch/train.py --config=configs/tpu_v5e.py:regression ...         (a start on pairs: docs/pairs.md)
 python launch/train.py --config=configs/tpu_v5e.py:runlocal --workdir=/tmp/sd21    (10 steps on a laptop)
 """

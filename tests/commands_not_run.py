@@ -36,6 +36,7 @@ NOT_RUN: dict[str, dict[str, str]] = {
         "--config.evaluate.every=100": f"{_OPENMOJI}; tests/run/test_scoring.py",
     },
     "docs/extending.md": {"--workdir=runs/pink": f"{_OPENMOJI}; tests/distill/test_own_term.py"},
+    "docs/gan.md": {"launch/": f"{_OPENMOJI}; tests/run/test_real_latents.py"},
     "docs/ladder.md": {"pip install ": _INSTALLS, "benchmarks/": "takes days; tests/openmoji/test_ladder.py"},
     "docs/machines.md": {
         "docker ": "tests/run/test_container.py does what can be done without Docker",

@@ -68,6 +68,7 @@ def _serve() -> None:
 
     import sbv2_jax.run.conversions
     import sbv2_jax.run.evaluation
+    import sbv2_jax.run.latents
     import sbv2_jax.run.loop
     import sbv2_jax.run.pairs  # noqa: F401
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from sbv2_jax.data.pairs import pack, shard_names
+from sbv2_jax.data.latent_sets import pack, shard_names
 
 
 def write_pairs(directory: Path, count: int = 7, shape: tuple[int, ...] = (2, 2, 3), **changes) -> np.ndarray:
@@ -15,7 +15,7 @@ def write_pairs(directory: Path, count: int = 7, shape: tuple[int, ...] = (2, 2,
     directory.mkdir(parents=True)
     latents = np.random.default_rng(count).standard_normal((count, *shape)).astype(np.float16)
     shards = {}
-    for number, name in enumerate(shard_names(count, 3)):
+    for number, name in enumerate(shard_names("pairs", count, 3)):
         writer = ArrayRecordWriter(str(directory / name), "group_size:1,uncompressed")
         for index in range(3 * number, min(count, 3 * number + 3)):
             writer.write(pack(index, latents[index], f"prompt {index}"))

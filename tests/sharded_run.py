@@ -90,7 +90,7 @@ def errors(state: TrainState, metrics: dict, want: TrainState, want_metrics: dic
             error = float(np.abs(np.float64(a) - b).max() / np.abs(b).max())
             part = name.partition(".")[0]
             worst[part] = max(error, worst.get(part, 0.0))
-    assert worst.keys() == {"student", "ema", "score", "student_opt", "score_opt"}
+    assert worst.keys() == {"ema"} | {name + opt for name in state.players for opt in ("", "_opt")}
     names = want_metrics.keys() - {"skipped"}
     worst["metrics"] = max(abs(float(metrics[n]) / float(want_metrics[n]) - 1) for n in names)
     return worst

@@ -285,7 +285,7 @@ def test_what_is_said_of_a_run_after_training(forks, paper, world):
     shutil.copy(work / "student.safetensors", work / "OWNER/NAME")
     (work / "DIR_OR_ID").symlink_to(pipeline)
     (work / "OPENCLIP_DIR_OR_ID").symlink_to(world / "openclip")
-    assert len(run_page(forks, work, "docs/training.md")) == 5
+    assert len(run_page(forks, work, "docs/training.md")) == 7
     styled, start = unet(work / "styled"), unet(pipeline)
     for name in low:
         np.testing.assert_allclose(

@@ -151,6 +151,13 @@ def pair_columns(rng: np.random.Generator, run: Run, batch: int) -> Batch:
     return columns
 
 
+def real_columns(rng: np.random.Generator, run: Run, batch: int) -> Batch:
+    """Returns the columns of real latents that are random numbers, in as many rows as the run has."""
+    there = np.isin(np.arange(batch), spread(run.method.rows["gan"].count, range(batch)))
+    latents = rng.standard_normal((batch, *run.method.latent_shape), np.float32)
+    return {"real": there, "real_latents": np.where(there[:, None, None, None], latents, np.float32(0))}
+
+
 def of_both(ids: np.ndarray) -> np.ndarray:
     """Returns SDXL's ids of the same prompts: the second tokenizer pads with 0."""
     ended = np.cumsum(ids == END, axis=1) > 1
@@ -167,6 +174,7 @@ class World:
     student: Params
     score: Params
     batch: Batch
+    discriminator: Params
 
     @property
     def empty(self) -> np.ndarray:
@@ -176,7 +184,8 @@ class World:
     def init(self, method: Method | None = None) -> TrainState:
         """Returns the state at step 0, for the run's method unless another is given."""
         optimizers = (method or self.run.method).optimizers
-        params = {"student": self.student} | ({"score": self.score} if "score" in optimizers else {})
+        params = {"student": self.student, "score": self.score, "discriminator": self.discriminator}
+        params = {name: params[name] for name in optimizers}
         return init_state(self.run.seed, params, optimizers, ema=self.config.ema > 0)
 
 
@@ -192,9 +201,9 @@ def make_world(
     """Returns a world whose configuration is CONFIG with these changes, all weights drawn at random.
 
     The student starts from other weights than the teacher's. A `clip.weight` brings the CLIP loss, a `reward.weight`
-    the reward's, of the same CLIP where both are there, the term "regression" pairs whose latents are drawn at random.
-    With `xl` the
-    world is one of SDXL, with UNET_XL, whose null condition is zeros if `zero_null`.
+    the reward's, of the same CLIP where both are there, the term "regression" pairs whose latents are drawn at random,
+    "gan" such real latents. With `xl` the world is one of SDXL, with UNET_XL, whose null condition is zeros if
+    `zero_null`.
     """
     config = default_config()
     config.update_from_flattened_dict(CONFIG | (changes or {}))
@@ -225,13 +234,17 @@ def make_world(
         of_updates = [token_ids(rng, config.batch_size) for _ in range(further)]
         fresh[FRESH] = np.stack([of_both(ids) if xl else ids for ids in of_updates])
     pairs = pair_columns(rng, run, config.batch_size) if "regression" in config.terms else {}
+    real = real_columns(rng, run, config.batch_size) if "gan" in config.terms else {}
     return World(
         config=config,
         run=run,
         frozen=frozen,
         student=student_lora if run.lora_student else student_base,
         score=score,
-        batch={"input_ids": ids} | dict.fromkeys(run.method.columns, clip_ids) | fresh | pairs,
+        batch={"input_ids": ids} | dict.fromkeys(run.method.columns, clip_ids) | fresh | pairs | real,
+        discriminator=random_params(players["discriminator"].network, 6)
+        if "discriminator" in players
+        else {},
     )
 
 

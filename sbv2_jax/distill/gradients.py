@@ -76,7 +76,7 @@ def started(method: Method, batch: Batch, noise: StudentNoise) -> StudentNoise:
     z = noise.z
     for term in method.terms:
         if term.rows is not None:
-            # Of a student of several steps it is a `Start`: of the package's terms none with rows goes with one.
+            # Of a student of several steps it is a `Start`: of the package's terms none that changes it goes with one.
             z = term.start(batch, z)  # type: ignore[arg-type]
     return noise._replace(z=z)
 

@@ -42,10 +42,11 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Player:
-    """A trained network: all of its weights, from those of `part`, or a LoRA on the frozen network `base`.
+    """A trained network: all of its weights, those of `part` at first, or a LoRA on the frozen network `base`.
 
     `updates` is how often a step updates one that follows the student: on fresh samples each time but the last,
-    which is on those that the student learns from. A LoRA is drawn from the run's seed + `seed_offset`.
+    which is on those that the student learns from. A LoRA, and a network without a `part`, is drawn from the run's
+    seed + `seed_offset`.
     """
 
     name: ClassVar[str]
@@ -90,8 +91,18 @@ class Player:
         """Returns the random numbers of an update, [B, ...] each: the student's is z, [B, h, w, C]."""
         raise NotImplementedError
 
+    def read(self, batch: Mapping[str, jax.Array], noise: Any) -> Any:
+        """Returns the random numbers of a follower's update with what else it takes of the samples' batch, [B, ...].
+
+        Fresh samples are of no batch that has more than prompts: for them there are the random numbers alone.
+        """
+        return noise
+
     def forward(self, params: Params, frozen: Frozen, x: jax.Array, text: Text, noise: Any) -> jax.Array:
-        """Returns what the gradient is taken of: the student's samples of x = z, or the loss [B] on samples x."""
+        """Returns what the gradient is taken of: the student's samples of x = z, or the loss [B] on samples x.
+
+        `noise` is what `draw` returned, as `read` has it.
+        """
         raise NotImplementedError
 
 

@@ -47,6 +47,7 @@ def make_train_step(method: Method, place: Placement = ANYWHERE, programs: Progr
 
     def begin(key: jax.Array, step: jax.Array, frozen: Frozen, batch: Batch) -> tuple[Any, ...]:
         noise, others = random_numbers(method, key, step, batch["input_ids"].shape[0])
+        others = {player.name: player.read(batch, others[player.name]) for player in method.followers}
         counts = {player.name: player.updates - 1 for player in method.followers if player.updates > 1}
         keys = {name: keys_of_updates(key, step, count) for name, count in counts.items()}
         prompts = {name: batch[FRESH][:count] for name, count in counts.items()}

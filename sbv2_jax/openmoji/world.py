@@ -105,6 +105,27 @@ class Captions:
         return hashlib.sha256(f"{manifest(self._seed)['sha256']}/{self._count}".encode()).hexdigest()
 
 
+class Pictures:
+    """The training split's pictures and captions, by number: (uint8 [64, 64, 3], caption), drawn when they are read."""
+
+    def __init__(self, count: int = 40_000, seed: int = 0):
+        self._captions, self._seed = Captions(count, seed), seed
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        text = self._captions[index]  # which knows what is no picture of these
+        return example("train", index, self._seed).image, text
+
+    def __repr__(self) -> str:
+        return f"Pictures(count={len(self)}, seed={self._seed})"
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 that stands for these pictures."""
+        return self._captions.fingerprint()
+
+
 def manifest(seed: int = 0) -> dict:
     """Returns what names this world in a result: a SHA-256 over identities, splits, scenes and the seed.
 

@@ -61,7 +61,7 @@ def read_start(run: Run, file: str) -> dict[str, np.ndarray]:
 
 
 def load_state(run: Run, placement: TrainState, start: dict[str, np.ndarray] | None = None) -> TrainState:
-    """Makes the state at step 0: float32 masters of each player's weights, or of its LoRA.
+    """Makes the state at step 0: float32 masters of each player's weights, read or drawn, or of its LoRA.
 
     `start` holds the factors that the student's LoRA starts from, in place of new ones.
     """
@@ -69,10 +69,12 @@ def load_state(run: Run, placement: TrainState, start: dict[str, np.ndarray] | N
     for name, player in run.method.players.items():
         if start and player is run.method.student:
             weights = start
-        elif player.base is None:
-            weights = load_component(player.source.files, dtype=jnp.float32).params
-        else:
+        elif player.base is not None:
             weights = lora.fresh_factors(player.trained_shapes, run.seed + player.seed_offset)
+        elif player.part is None:
+            weights = player.network.init(run.seed + player.seed_offset)
+        else:
+            weights = load_component(player.part.files, dtype=jnp.float32).params
         params[name] = place(weights, placement.players[name].params)
     initialise = jax.jit(
         lambda params: init_state(run.seed, params, run.method.optimizers, run.method.ema > 0),

@@ -25,6 +25,7 @@ from sbv2_jax.models.tiny_vae import TinyVAEConfig
 from sbv2_jax.models.tokenizer import Tokenizer, TokenizerPair, load_fitting
 from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.models.vae import VAEConfig
+from sbv2_jax.run.directory import EXPORT, is_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,9 +142,20 @@ def _student(
 ) -> tuple[Part[UNetConfig], ScheduleConfig]:
     # A file's shapes say less than the teacher's configuration does, the number of heads above all.
     directory = directory_of(reference, like=teacher) if is_single_file(reference) else resolve(reference)
+    directory = _export_of(directory) if is_run(directory) else directory
     part = _part(component_dir(directory, "unet"), UNetConfig)
     # A UNet on its own says nothing of its schedule: it must be the teacher's.
     return part, teacher_schedule if part.directory == directory else read_schedule(directory)
+
+
+def _export_of(run: Path) -> Path:
+    """Returns the student of a run, from which another starts: what the run exported."""
+    if not (run / EXPORT).is_dir():
+        raise InputError(
+            f"config.student.init: {run} is a run without {EXPORT}/, which is written after its last step: wait "
+            "for it, or name what convert.py to-diffusers writes of a checkpoint"
+        )
+    return run / EXPORT
 
 
 def _sources(config: ConfigDict) -> dict[str, Source]:

@@ -32,6 +32,7 @@ _MAY_CHANGE = (
 # its checkpoints go on.
 _NEW = (
     "clip.schedule",
+    "gan",
     "pairs",
     "prompts_column",
     "reward",
@@ -55,8 +56,8 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
     """Returns the paper's main run on a machine: SD 2.1 base at 512 px, from SD-Turbo.
 
     `argument` is a config file's: "lora" is the second training, a LoRA with the CLIP loss (the first one trains
-    all weights); where there is no SD-Turbo, "v1" is SwiftBrush v1, from the teacher, and "regression" a start on pairs
-    alone; "runlocal" shrinks any to a minute on a laptop; they are joined by commas. `machine` holds
+    all weights), "v1" SwiftBrush v1 and "regression" a training on pairs alone, starts from the teacher for where there
+    is no SD-Turbo, "runlocal" shrinks any to a minute on a laptop; they are joined by commas. `machine` holds
     the fields that fit the run to it. The directories are where a user is expected to put the checkpoints, of which
     docs/checkpoints.md says the sources; a hub id may stand for each.
     """
@@ -76,8 +77,9 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
         config.clip.decoder = "./checkpoints/taesd"
         config.clip.weight = 0.1
     if "v1" in chosen:
-        config.student.init = "teacher"
-        config.steps = 16_000  # 4.1 A100-days at 2.93 images/s (table 8)
+        swiftbrush_v1(config)
+        config.steps = 16_000  # its 4.1 A100-days (SwiftBrush v2, table 8) at its 2.93 images/s
+        config.score.alpha = 108.0
     if "regression" in chosen:
         config.student.init = "teacher"
         config.steps = 10_000
@@ -87,6 +89,20 @@ def stable_diffusion_21(argument: str, machine: Mapping[str, Any]) -> ConfigDict
     if "runlocal" in chosen:
         shrink(config)
     return config
+
+
+def swiftbrush_v1(config: ConfigDict) -> None:
+    """Makes a run, in place, one of SwiftBrush v1, a start for any teacher (SwiftBrush v2, sections 4.2 and 7.3).
+
+    It is the VSD loss alone, by SwiftBrush's weight, on all weights of the student, which are the teacher's at first;
+    its published code has no weight decay.
+    """
+    config.terms = ("vsd",)
+    config.student.update(init="teacher", mode="full")
+    config.vsd.weighting = "sbv2"
+    config.optimizer.weight_decay = 0.0
+    config.clip.update(model="", weight=0.0)
+    config.reward.update(model="", weight=0.0)
 
 
 def regress(config: ConfigDict) -> None:
@@ -187,7 +203,7 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
             own.weight > 0 and name not in config.terms,
             f"config.{name}.weight = {own.weight:g} needs {name!r} in config.terms",
         )
-    groups = {"vsd": "vsd", "clip": "clip", "reward": "reward", "regression": "pairs"}
+    groups = {"vsd": "vsd", "clip": "clip", "reward": "reward", "regression": "pairs", "gan": "gan"}
     weighted = [groups[term] for term in config.terms if term in groups]
     yield (
         len(weighted) == len(config.terms) and not any(config[name].weight for name in weighted),
@@ -196,6 +212,14 @@ def _conflicts(config: ConfigDict) -> Iterable[tuple[bool, str]]:
     yield (
         "regression" in config.terms and not config.pairs.path,
         "config.terms has 'regression', which needs a config.pairs.path: launch/pairs.py makes the pairs",
+    )
+    yield (
+        "gan" in config.terms and not config.gan.path,
+        "config.terms has 'gan', which needs a config.gan.path: launch/latents.py makes the latents of real pictures",
+    )
+    yield (
+        config.gan.path != "" and "gan" not in config.terms,
+        f"config.gan.path = {config.gan.path!r} needs 'gan' in config.terms",
     )
     yield (
         "regression" in config.terms and len(config.student.timesteps) > 1,

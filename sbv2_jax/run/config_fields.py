@@ -57,10 +57,13 @@ FIELDS: dict[str, Field] = {
         ("vsd", "clip"),
         strings,
         'The student\'s objective: "vsd", "clip" and "reward" (where clip.model, reward.model name one), "regression" '
-        '(on pairs.path), and any of yours, as "package.module:Class" or "path/file.py:Class" (docs/extending.md).',
+        '(on pairs.path), "gan" (on gan.path), and any of yours, as "package.module:Class" or "path/file.py:Class" '
+        "(docs/extending.md).",
     ),
     "student.init": Field(
-        "teacher", text(), '"teacher", or where its UNet comes from: as for `teacher`, such as SD-Turbo.'
+        "teacher",
+        text(),
+        '"teacher", or where its UNet comes from: as for `teacher`, such as SD-Turbo; or a run, of its export.',
     ),
     "student.mode": Field(
         "full", one_of("full", "lora"), '"full" trains every weight, "lora" trains low-rank updates of some.'
@@ -163,6 +166,21 @@ FIELDS: dict[str, Field] = {
     "pairs.weight": Field(
         0.25, number(0), "Weight of the regression on pairs: of its mean over them, whatever their share."
     ),
+    "gan.path": Field(
+        "",
+        text(empty=True),
+        'A directory of real pictures\' latents, of launch/latents.py (docs/gan.md); "" is none.',
+    ),
+    "gan.share": Field(
+        0.5,
+        number(0, 1, above=True),
+        "Share of a batch's rows that have a real picture's caption for a prompt, and its latent to be told from; at "
+        "least one row.",
+    ),
+    "gan.weight": Field(
+        1e-3, number(0), "Weight of the GAN loss: of its mean over these rows, whatever their share. DMD2's."
+    ),
+    "gan.lr": Field(1e-4, number(0, above=True), "Learning rate of the discriminator."),
     "ema": Field(
         0.9999,
         number(0, 1, below=True),

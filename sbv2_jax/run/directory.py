@@ -8,7 +8,13 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 STARTS = "starts.jsonl"
 EXPORT = "export"
+CHECKPOINTS = "checkpoints"
 PAGE = "report.html"
+
+
+def is_run(name: str | Path) -> bool:
+    """Whether a name is that of a run's directory, and not of a model's."""
+    return (Path(name) / CHECKPOINTS).is_dir()
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

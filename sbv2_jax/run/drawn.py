@@ -13,7 +13,8 @@ from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
 from sbv2_jax.generate.draw import Drawn
 from sbv2_jax.generate.pipeline import Pipeline, load, ready
-from sbv2_jax.run.trained import is_run, kept_student, open_run_or_model, read_run, student_of
+from sbv2_jax.run.directory import is_run
+from sbv2_jax.run.trained import kept_student, open_run_or_model, read_run, student_of
 
 
 def drawn_of(

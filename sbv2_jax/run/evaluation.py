@@ -22,8 +22,9 @@ from sbv2_jax.evaluate.protocol import Protocol
 from sbv2_jax.evaluate.sources import Source
 from sbv2_jax.fields import nearest
 from sbv2_jax.generate.pipeline import Pipeline, check_numbers
+from sbv2_jax.run.directory import is_run
 from sbv2_jax.run.drawn import drawn_of, pair_of, pipeline_of
-from sbv2_jax.run.trained import is_run, read_run
+from sbv2_jax.run.trained import read_run
 
 _SETTINGS = ("steps", "guidance", "sampler", "step", "which")
 _RANGE = re.compile(r"([^:]+):([^:]+):([^:]+)")

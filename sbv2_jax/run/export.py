@@ -16,8 +16,9 @@ from sbv2_jax.diffusion.schedule import FEW_STEPS
 from sbv2_jax.distill.state import TrainState
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.build import Run
+from sbv2_jax.run.directory import CHECKPOINTS
 from sbv2_jax.run.streamed import serving, streamed
-from sbv2_jax.run.trained import CHECKPOINTS, kept_student, model_of, read_run, student_of
+from sbv2_jax.run.trained import kept_student, model_of, read_run, student_of
 from sbv2_jax.tree import Params
 
 # For weights of gigabytes, on a slow file system.

@@ -33,6 +33,7 @@ class Health:
         rates = {
             "student": _rate(config, config.student.lr, 1),
             "score": _rate(config, config.score.lr, config.score.updates_per_step),
+            "discriminator": _rate(config, config.gan.lr, 1),
         }
         trained = {name.partition("_opt.")[0] for name in leaf_names(state)}
         self._rates = {name: rate for name, rate in rates.items() if name in trained}
@@ -43,8 +44,11 @@ class Health:
         `lr/NAME` is the rate of the (first) update of the step, `TERM/weight` what the objective multiplies a term by
         in it, `memory/NAME_gib` what the host, and the fullest device, have had in use at most since the start.
         """
-        every = {"student": 1, "score": self._config.score.updates_per_step}
-        found = {f"lr/{name}": float(rate(every[name] * self._updates)) for name, rate in self._rates.items()}
+        every = {"score": self._config.score.updates_per_step}
+        found = {
+            f"lr/{name}": float(rate(every.get(name, 1) * self._updates))
+            for name, rate in self._rates.items()
+        }
         found |= {f"{term.name}/weight": float(term.weight(jnp.asarray(step - 1))) for term in self._weighted}
         self._updates += not skipped
         return found | {"seconds_per_step": seconds} | _memory()

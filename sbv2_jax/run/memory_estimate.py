@@ -14,6 +14,7 @@ from sbv2_jax.devices.sharding import AXES, Layout, bytes_per_device
 from sbv2_jax.distill.player import Player
 from sbv2_jax.distill.random_numbers import keys_of_step
 from sbv2_jax.errors import InputError
+from sbv2_jax.run.batches import abstract_batch
 from sbv2_jax.run.build import Run, assemble
 from sbv2_jax.run.components import Parts
 from sbv2_jax.run.config import check_mesh
@@ -113,11 +114,12 @@ def _kept(run: Run, player: Player, batch: int) -> list[Any]:
         lambda null: jax.ShapeDtypeStruct((batch, *null.shape), null.dtype), run.frozen_shapes["null_text"]
     )
 
-    def forward(params, frozen, x, text, key):
+    def forward(params, frozen, x, text, key, columns):
         drawn = player.draw(keys_of_step(key, 0)(player.name), batch, run.method.latent_shape)
-        noise = None if player is run.method.student else drawn
+        noise = None if player is run.method.student else player.read(columns, drawn)
         return jax.vjp(lambda params: player.forward(params, frozen, x, text, noise), params)[1]
 
     shapes = run.state_shapes
     params = shapes.players[player.name].params
-    return jax.tree.leaves(jax.eval_shape(forward, params, run.frozen_shapes, x, text, shapes.key))
+    columns = abstract_batch(batch, run)
+    return jax.tree.leaves(jax.eval_shape(forward, params, run.frozen_shapes, x, text, shapes.key, columns))

@@ -17,9 +17,17 @@ from sbv2_jax.convert.formats.files import read_json, replaced_file
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate.html_page import html_page, html_table, inline
 from sbv2_jax.run.config import stable_diffusion_21
-from sbv2_jax.run.directory import CONFIG, EXPORT, METRICS, PAGE, STARTS, json_lines, sample_pictures
+from sbv2_jax.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    METRICS,
+    PAGE,
+    STARTS,
+    json_lines,
+    sample_pictures,
+)
 from sbv2_jax.run.metric_curves import curve, metrics_of
-from sbv2_jax.run.trained import CHECKPOINTS
 from sbv2_jax.tree import GIB
 
 _MOST_SAMPLES = 24

@@ -28,6 +28,7 @@ PLACES = (
     "clip.decoder",
     "reward.model",
     "pairs.path",
+    "gan.path",
     "prompts",
     "prompts_column",
 )

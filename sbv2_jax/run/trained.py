@@ -22,8 +22,8 @@ from sbv2_jax.errors import InputError
 from sbv2_jax.models import lora
 from sbv2_jax.models.unet import UNetConfig
 from sbv2_jax.run.components import Parts, latent_side, read_parts
+from sbv2_jax.run.directory import CHECKPOINTS, is_run
 
-CHECKPOINTS = "checkpoints"
 # What a configuration must say for its checkpoint to be converted.
 _NEEDED = (
     "teacher",
@@ -120,11 +120,6 @@ def model_of(
         lora_scale=lora_scale,
         timesteps=timesteps,
     )
-
-
-def is_run(name: str | Path) -> bool:
-    """Whether a name is that of a run's directory, and not of a model's."""
-    return (Path(name) / CHECKPOINTS).is_dir()
 
 
 def open_run_or_model(model: str | Path) -> Model:

@@ -213,7 +213,7 @@ def test_clip_weight_falls_linearly_to_nothing(toy):
 
 def test_a_constant_clip_weight_is_the_same_to_the_end(toy):
     (falling,) = [term for term in toy.method.terms if term.name == "clip"]
-    constant = dataclasses.replace(falling, first=0.5, schedule="constant")
+    constant = dataclasses.replace(falling, first=0.5, steps=None)
     assert [constant.weight(jnp.int32(step)) for step in (0, 7, 20)] == [0.5] * 3
 
 

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers import AutoencoderTiny
+from made_run import make_run
 from tiny_pipeline import write_pipeline
 
 import sbv2_jax
+from sbv2_jax.devices.sharding import make_mesh, shardings
 from sbv2_jax.errors import InputError
 from sbv2_jax.run import build as assemble
 from sbv2_jax.run import components as parts
+from sbv2_jax.run.arrays import load_state
 from sbv2_jax.run.config import default_config
 
 
@@ -80,6 +83,18 @@ def test_a_student_that_starts_from_no_unet_is_refused(pipeline, tmp_path):
     config = config_of(pipeline, student__init=str(with_vae_for("unet", pipeline, tmp_path)))
     with pytest.raises(InputError, match="unet holds a VAEConfig, a UNetConfig is expected"):
         assembled(config)
+
+
+def test_a_student_starts_from_a_run_by_what_the_run_exported(pipeline):
+    made = make_run(pipeline.parent, "first")
+    run = assembled(config_of(pipeline, student__init=str(made.directory)))
+    placement = shardings(run.state_shapes, make_mesh(1, 1, 1))
+    started = load_state(run, placement).student
+    for name, leaf in made.state.ema.items():
+        np.testing.assert_array_equal(started[name], leaf, err_msg=name)
+    shutil.rmtree(made.directory / "export")
+    with pytest.raises(InputError, match=r"config\.student\.init: .*first is a run without export/"):
+        assembled(config_of(pipeline, student__init=str(made.directory)))
 
 
 def test_a_clip_loss_of_no_clip_is_refused(pipeline, tmp_path):

@@ -207,7 +207,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from sbv2_jax.errors import InputError
-from sbv2_jax.run.pairs import _write_shard
+from sbv2_jax.run.latent_sets import _write_shard
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     _write_shard(Path(sys.argv[1]) / "shard", [bytes(20_000)] * 10)

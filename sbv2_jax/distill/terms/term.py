@@ -19,6 +19,7 @@ TERMS = {
     "vsd": "sbv2_jax.distill.terms.vsd:VSD",
     "clip": "sbv2_jax.distill.terms.clip:ClampedCLIP",
     "reward": "sbv2_jax.distill.terms.reward:ClampedReward",
+    "gan": "sbv2_jax.distill.terms.gan:GAN",
     "regression": "sbv2_jax.distill.terms.regression:Regression",
 }
 # Those of a run whose configuration is older than `config.terms`.
