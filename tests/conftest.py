@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Small networks run in no time, however badly they are compiled; compiling them well takes twice as long.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"  # the parts are for threads, of which there are none to spare
 )
 
 # The README's command has a worker for each core, and many a test starts processes: threads would only wait in turn.
@@ -27,6 +28,7 @@ import pytest
 from bare_package import stand_in
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(50_000, 20, 50)  # tracing makes objects by the million, few of them in circles
 stand_in("torch_fidelity")  # else torchmetrics cannot be imported beside it
 
 

@@ -1,8 +1,6 @@
 """Checkpoints of a small state that is a function of the step, and processes that write and read them."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from forked_commands import Forked, forks
 
 from sbv2_jax.checkpoint import Checkpoints
 
@@ -57,20 +56,14 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files_of(directory) if path.name != ".lock"}
 
 
-def start(script: str, *arguments, devices: int = 1) -> subprocess.Popen:
+def start(script: str, *arguments, devices: int = 1) -> Forked:
     """Starts a Python process that sees this file as `t`."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join(str(parent) for parent in Path(__file__).parents[:2]),
-    }
-    command = [sys.executable, "-c", "import made_checkpoints as t\n" + script, *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    script = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport made_checkpoints as t\n{script}"
+    return forks().start(["-c", script, *map(str, arguments)], environment={"XLA_FLAGS": xla})
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: Forked) -> str:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err[-3000:]
     return out

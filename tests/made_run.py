@@ -1,13 +1,11 @@
 """A run's directory as training would leave it, and the command that converts it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from forked_commands import ROOT, forks
 
 from sbv2_jax.checkpoint import Checkpoints
 from sbv2_jax.distill.state import PlayerState, TrainState
@@ -16,7 +14,6 @@ from sbv2_jax.run.components import read_parts
 from sbv2_jax.run.config import default_config
 from sbv2_jax.run.export import export_student
 
-ROOT = Path(__file__).parent.parent
 STEP = 4
 
 
@@ -61,12 +58,6 @@ def make_run(world: Path, name: str, **changes: object) -> Made:
 
 def command(*arguments: object) -> tuple[int, str, str]:
     """Calls launch/convert.py as a process of its own; returns its exit code, stdout and stderr."""
-    done = subprocess.run(
-        [sys.executable, "launch/convert.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        timeout=120,
-    )
-    return done.returncode, done.stdout, done.stderr
+    process = forks().start(["launch/convert.py", *map(str, arguments)], ROOT)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err

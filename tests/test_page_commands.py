@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 import torch
 from commands_not_run import NOT_RUN
 from documented import block, commands, shell_lines
-from forked_commands import ROOT, Forks
+from forked_commands import ROOT, forks
 from made_openclip import original_tensors, write
 from parity import randomised
 from PIL import Image
@@ -67,7 +67,10 @@ def shrunk(words: list[str], sizes: Mapping[str, object]) -> list[str]:
 
 
 def run_page(
-    forks: Forks, desk: Path, page: str, sizes: Mapping[str, Mapping[str, object]] | None = None
+    environment: Mapping[str, str],
+    desk: Path,
+    page: str,
+    sizes: Mapping[str, Mapping[str, object]] | None = None,
 ) -> dict[str, str]:
     """Runs a page's commands in a directory, but for those of NOT_RUN; returns what each of them said.
 
@@ -80,7 +83,9 @@ def run_page(
         for command in commands(line):
             words = shlex.split(command, comments=True)[1:]
             own = [one for part, one in (sizes or {}).items() if part in line]
-            done = forks.run(shrunk(words, SIZES.get(words[0], {}) | (own[0] if own else {})), desk)
+            done = forks().run(
+                shrunk(words, SIZES.get(words[0], {}) | (own[0] if own else {})), desk, environment
+            )
             assert done.code == 0, f"{line}\n{done.said}"
             said[re.sub(" +", " ", command)] = done.said
     return said
@@ -103,10 +108,9 @@ def metrics(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory) -> Iterator[Forks]:
-    one = Forks(tmp_path_factory.mktemp("home"))
-    yield one
-    one.close()
+def cache(tmp_path_factory) -> dict[str, str]:
+    """The environment of the commands: the user's cache is a directory of these tests."""
+    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("home") / "cache")}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,7 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(forks, world, tmp_path_factory) -> Path:
+def checkpoints(cache, world, tmp_path_factory) -> Path:
     """The page of the checkpoints, with what `hf download` would have put there."""
     pipeline = world / "pipeline"
     names = {
@@ -155,12 +159,12 @@ def checkpoints(forks, world, tmp_path_factory) -> Path:
         "pt_inception-2015-12-05-6726825d.pth": world / "inception.pth",
     }
     directory = desk(tmp_path_factory.mktemp("checkpoints"), names)
-    assert len(run_page(forks, directory, "docs/checkpoints.md")) == 3
+    assert len(run_page(cache, directory, "docs/checkpoints.md")) == 3
     return directory / "checkpoints"
 
 
 @pytest.fixture(scope="module")
-def paper(forks, world, checkpoints, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+def paper(cache, world, checkpoints, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """The page that repeats the paper, on the checkpoints of the page that it links to."""
     names = {
         "captions_val2014.json": world / "captions_val2014.json",
@@ -174,7 +178,7 @@ def paper(forks, world, checkpoints, tmp_path_factory) -> tuple[Path, dict[str, 
     rows += [{"prompt": f"{number} apples"} for number in range(3)]
     (directory / "train_anno_realease_repath.jsonl").write_text("\n".join(map(json.dumps, rows)))
     subprocess.run([sys.executable, "-c", block("docs/reproduce.md", "prompts")], cwd=directory, check=True)
-    return directory, run_page(forks, directory, "docs/reproduce.md")
+    return directory, run_page(cache, directory, "docs/reproduce.md")
 
 
 def test_none_of_the_commands_that_repeat_the_paper_is_left_out(paper):
@@ -228,10 +232,10 @@ def test_every_curve_of_a_run_is_explained(paper):
         assert [one for one in curves if f"`{one}`" not in page] == []
 
 
-def test_a_small_gpu_is_told_what_is_held_and_trains_in_parts(forks, paper, checkpoints, world, tmp_path):
+def test_a_small_gpu_is_told_what_is_held_and_trains_in_parts(cache, paper, checkpoints, world, tmp_path):
     names = {"checkpoints": checkpoints, "data/prompts.txt": world / "prompts.txt"}
     sizes = {"accumulate": {"config.accumulate": 2}}
-    held, trained, shortened = run_page(forks, desk(tmp_path, names), "docs/small_gpu.md", sizes).values()
+    held, trained, shortened = run_page(cache, desk(tmp_path, names), "docs/small_gpu.md", sizes).values()
     assert "clip, frozen" in held and "student, EMA" not in shortened
     assert json.loads((tmp_path / "runs/small/config.json").read_text())["accumulate"] == 2
     assert "loss/clip" in metrics(tmp_path / "runs/small")[-1]
@@ -251,7 +255,7 @@ def test_the_merge_is_half_of_each_training_and_is_measured(paper):
     assert any("--inception" in line for line in report["not_measured"])
 
 
-def test_what_is_said_of_a_run_after_training(forks, paper, world):
+def test_what_is_said_of_a_run_after_training(cache, paper, world):
     """In the directory where the paper was repeated, for the runs know their teacher by its path there."""
     pipeline, work = world / "pipeline", paper[0]
     for name in ("START", "DIR", "TEACHER"):
@@ -263,7 +267,7 @@ def test_what_is_said_of_a_run_after_training(forks, paper, world):
         "--steps=25": {"steps": 2},
         "--height=": {"height": 32, "width": 48},
     }
-    said = run_page(forks, work, "docs/after_training.md", sizes)
+    said = run_page(cache, work, "docs/after_training.md", sizes)
     assert len(said) == 11
     # The student's LoRA on what it started from is the student.
     fused, low = unet(work / "fused"), unet(work / "runs/lora/export")
@@ -285,7 +289,7 @@ def test_what_is_said_of_a_run_after_training(forks, paper, world):
     shutil.copy(work / "student.safetensors", work / "OWNER/NAME")
     (work / "DIR_OR_ID").symlink_to(pipeline)
     (work / "OPENCLIP_DIR_OR_ID").symlink_to(world / "openclip")
-    assert len(run_page(forks, work, "docs/training.md")) == 7
+    assert len(run_page(cache, work, "docs/training.md")) == 7
     styled, start = unet(work / "styled"), unet(pipeline)
     for name in low:
         np.testing.assert_allclose(
@@ -295,14 +299,14 @@ def test_what_is_said_of_a_run_after_training(forks, paper, world):
         assert path.read_bytes() == (pipeline / "unet" / path.name).read_bytes()
 
 
-def test_the_readme_distils_merges_and_draws(forks, world, tmp_path):
+def test_the_readme_distils_merges_and_draws(cache, world, tmp_path):
     names = {
         "DIR_OR_ID": world / "pipeline",
         "prompts.txt": world / "prompts.txt",
         "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": world / "openclip",
         "madebyollin/taesd": world / "pipeline/vae_tiny",
     }
-    said = run_page(forks, desk(tmp_path, names), "README.md")
+    said = run_page(cache, desk(tmp_path, names), "README.md")
     assert len(said) == 5
     with Image.open(tmp_path / "one.png") as picture:
         assert picture.size == (32, 32)

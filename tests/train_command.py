@@ -1,12 +1,10 @@
 """The training command on a tiny pipeline: started, ended, and what it recorded."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from forked_commands import ROOT, Forked, forks
+
 CONFIG = ROOT / "configs" / "openmoji.py"
 STEPS = 6
 
@@ -30,19 +28,15 @@ def fields(world: Path, changes: dict[str, object]) -> dict[str, object]:
 
 def command(world: Path, workdir: Path, *flags: str, **changes: object) -> list[str]:
     overrides = [f"--config.{name}={value}" for name, value in fields(world, changes).items()]
-    program = [sys.executable, "launch/train.py", f"--config={CONFIG}"]
-    return [*program, f"--workdir={workdir}", *overrides, *flags]
+    return ["launch/train.py", f"--config={CONFIG}", f"--workdir={workdir}", *overrides, *flags]
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(words: list[str]) -> Forked:
+    return forks().start(words)
 
 
-def run(arguments: list[str]) -> tuple[int, str, str]:
-    process = start(arguments)
+def run(words: list[str]) -> tuple[int, str, str]:
+    process = start(words)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 

@@ -1,10 +1,10 @@
 """The training command as several processes: started together, and how each of them ended."""
 
 import socket
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from forked_commands import Forked
 from train_command import command, start
 
 
@@ -14,9 +14,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def launch(
-    count: int, world: Path, workdir: Path | list[Path], *flags: str, **changes
-) -> list[subprocess.Popen]:
+def launch(count: int, world: Path, workdir: Path | list[Path], *flags: str, **changes) -> list[Forked]:
     """Starts the processes of one run; `workdir` and `changes` may be lists of values, one for each process."""
     workdirs = workdir if isinstance(workdir, list) else [workdir] * count
     port = free_port()
@@ -30,7 +28,7 @@ def launch(
     return processes
 
 
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def ended(processes: list[Forked]) -> list[tuple[int, str]]:
     """Waits for all; returns exit codes and what they wrote on stderr."""
     # All at once: one whose pipe is full would wait for its reader, and the others for it.
     with ThreadPoolExecutor(len(processes)) as pool:

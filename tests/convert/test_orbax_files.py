@@ -1,10 +1,6 @@
 """Models with their weights in Orbax: from diffusers and back byte for byte, used as they are, verified."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -14,9 +10,11 @@ import pytest
 import torch
 from conftest import relative_error
 from diffusers import StableDiffusionPipeline as TorchPipeline
+from forked_commands import forks
 from safetensors.numpy import load_file
 from their_models import TYPES, their_model
 from tiny_pipeline import write_pipeline
+from train_processes import ended, free_port
 from transformers import CLIPModel as TorchCLIP
 
 import sbv2_jax
@@ -300,20 +298,10 @@ if jax.process_index() == 0:
 
 def test_one_process_of_two_reads_and_writes_without_the_other(world, tmp_path):
     """As at the end of a run on several hosts, where the first one exports."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     arguments = [str(world / "orbax"), str(tmp_path / "out")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(number), *arguments],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    processes = [forks().start(["-c", PROGRAM, address, str(number), *arguments]) for number in range(2)]
+    for code, error in ended(processes):
+        assert code == 0, error
     for out in ("out", "out-orbax"):
         assert listing.tensors(tmp_path / out) == listing.tensors(world / "pipeline")

@@ -3,16 +3,14 @@
 import dataclasses
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked_commands import forks
 from PIL import Image
 from scipy import linalg
 from their_judges import cleanfid, random_inception
@@ -64,34 +62,26 @@ def save(path, picture):
 def command(coco, out, *flags):
     clip = resolve("bundled") / "clip"
     return [
-        sys.executable, "launch/evaluate.py", "--protocol=coco30k-sbv2", f"--prompts={coco}/captions_val2014.json",
+        "launch/evaluate.py", "--protocol=coco30k-sbv2", f"--prompts={coco}/captions_val2014.json",
         f"--clip={clip}", f"--count={PROMPTS}", f"--out={out}", *flags,
     ]  # fmt: skip
 
 
-def environment(coco):
-    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(coco / "home")}
+def start(coco, out, *flags):
+    return forks().start(command(coco, out, *flags), environment={"XDG_CACHE_HOME": str(coco / "home")})
 
 
 def run(coco, out, *flags):
-    done = subprocess.run(
-        command(coco, out, *flags),
-        cwd=ROOT,
-        env=environment(coco),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    return done.returncode, done.stdout, done.stderr
+    process = start(coco, out, *flags)
+    said, error = process.communicate(timeout=600)
+    return process.returncode, said, error
 
 
 @pytest.mark.slow
 def test_an_evaluation_that_is_killed_goes_on_to_the_same_report(coco, tmp_path):
     """Both go to one directory in the end: the report says the command."""
     out, flags = tmp_path / "out", [f"--model={coco}/pipeline", "--guidance=1:3:1", "--seed=0", "--seed=7"]
-    process = subprocess.Popen(
-        command(coco, out, *flags), cwd=ROOT, env=environment(coco), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )  # fmt: skip
+    process = start(coco, out, *flags)
     deadline = time.monotonic() + 480
     while len(list(out.glob("features/*/*.npz"))) < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

@@ -4,8 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import measured, relative_error
+from forked_commands import forks
 from parity import randomised
 from PIL import Image
-from train_processes import free_port
+from train_processes import ended, free_port
 
 from sbv2_jax.convert.formats.component import load_component
 from sbv2_jax.errors import InputError
@@ -228,18 +227,18 @@ np.save(f"{out}/{index}.npy", extractor(np.load(given))["features"])
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_four_devices_of_one_process_or_two_compute_what_one_does(tmp_path, rng, monkeypatch, count):
+def test_four_devices_of_one_process_or_two_compute_what_one_does(tmp_path, rng, count):
     write_dinov2(tmp_path / "net")
     pictures = scenes(rng, 6, 64, 64)
     np.save(tmp_path / "in.npy", pictures)
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={4 // count}"
-    monkeypatch.setenv("XLA_FLAGS", flags)
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={4 // count}"}
     given = (tmp_path / "net", tmp_path / "in.npy", tmp_path, free_port(), count)
     started = [
-        subprocess.Popen([sys.executable, "-c", SHARDED, *map(str, (*given, index))])
+        forks().start(["-c", SHARDED, *map(str, (*given, index))], environment=flags)
         for index in range(count)
     ]
-    assert [one.wait(timeout=300) for one in started] == [0] * count
+    for code, error in ended(started):
+        assert code == 0, error
     expected = EXTRACTORS["dinov2"](tmp_path / "net", per_device=4)(pictures)["features"]
     for index in range(count):
         assert relative_error(np.load(tmp_path / f"{index}.npy"), expected) < 1e-5

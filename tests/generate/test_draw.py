@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_commands import forks
 from made_run import STEP, make_run
 from PIL import Image
 from tiny_pipeline import write_pipeline
@@ -257,14 +258,7 @@ def test_the_column_that_was_guessed_is_told(model, tmp_path, caplog):
 @pytest.mark.slow
 def test_the_column_of_a_file_at_home_is_a_flag(tmp_path):
     (tmp_path / "p.csv").write_text("text,caption\ncat,dog\n")
-    command = [
-        sys.executable,
-        "launch/generate.py",
-        "--model=nowhere",
-        "--prompts=~/p.csv",
-        "--out=/tmp/none.png",
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    command = ["launch/generate.py", "--model=nowhere", "--prompts=~/p.csv", "--out=/tmp/none.png"]
     for flags, message in (
         (
             [],
@@ -272,11 +266,9 @@ def test_the_column_of_a_file_at_home_is_a_flag(tmp_path):
         ),
         (["--column=caption"], "nowhere does not exist"),
     ):
-        done = subprocess.run(
-            [*command, *flags], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
-        )
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert done.stderr.startswith("error: ") and message in done.stderr
+        done = forks().run([*command, *flags], ROOT, {"HOME": str(tmp_path)})
+        assert (done.code, done.said.count("\n")) == (2, 1)
+        assert done.said.startswith("error: ") and message in done.said
 
 
 def test_pictures_are_written_while_the_next_are_drawn_and_errors_are_told(tmp_path, rng):

@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers import StableDiffusionPipeline as TorchPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
+from forked_commands import ROOT, forks
 from parity import nchw
 from PIL import Image
 from tiny_pipeline import write_pipeline
@@ -281,8 +279,8 @@ np.save(sys.argv[2], pictures)
 @pytest.mark.slow
 def test_all_devices_draw_the_pictures_of_one(ours, directory, tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[2])}
     found = tmp_path / "pictures.npy"
-    subprocess.run([sys.executable, "-c", DEVICES, directory, found], env=environment, check=True)
+    done = forks().run(["-c", DEVICES, str(directory), str(found)], ROOT, {"XLA_FLAGS": flags})
+    assert done.code == 0, done.said
     want = ours.draw(["dog", "a red apple"] * 4, seed=3)
     assert np.abs(np.load(found).astype(int) - want).max() <= 1

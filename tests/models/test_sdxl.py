@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -181,7 +180,7 @@ def test_the_command_trains_and_exports_what_diffusers_draws(world, tmp_path, no
     ours = sbv2_jax.load(export).draw(PROMPTS, noise=noise)
     require_equal_pictures(ours, want)
     np.save(tmp_path / "noise.npy", noise)
-    generate = [sys.executable, "launch/generate.py", f"--model={export}", f"--out={tmp_path / 'drawn'}"]
+    generate = ["launch/generate.py", f"--model={export}", f"--out={tmp_path / 'drawn'}"]
     code, _, err = run(
         [*generate, f"--noise={tmp_path / 'noise.npy'}", *(f"--prompt={one}" for one in PROMPTS)]
     )

@@ -1,7 +1,6 @@
 """Pre-training: what each network learns from a few samples, and every stage end to end on a tiny world."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative_error
+from forked_commands import Forked, forks
 from ml_collections import ConfigDict
 
 import sbv2_jax
@@ -357,13 +357,9 @@ def test_a_stage_that_has_diverged_ends_and_keeps_its_checkpoints(tmp_path):
     assert checkpoint.load(tmp_path / "toy" / "checkpoints")[0] == 20
 
 
-def started(workdir: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "launch/pretrain.py", "--config=configs/openmoji_teacher.py:runlocal"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*command, f"--workdir={workdir}", *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def started(workdir: Path, *flags: str) -> Forked:
+    command = ["launch/pretrain.py", "--config=configs/openmoji_teacher.py:runlocal"]
+    return forks().start([*command, f"--workdir={workdir}", *flags])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -108,10 +108,7 @@ except InputError as error:
 @pytest.mark.parametrize(("kind", "code"), [("input", 2), ("bug", 1)])
 def test_an_error_that_one_meets_alone_ends_the_other_within_a_collective(failing, kind, code):
     port = free_port()
-    started = [
-        start([sys.executable, "-c", LONELY, f"localhost:{port}", str(index), str(failing), kind])
-        for index in (0, 1)
-    ]
+    started = [start(["-c", LONELY, f"localhost:{port}", str(index), str(failing), kind]) for index in (0, 1)]
     begin = time.monotonic()
     found = ended(started)
     assert time.monotonic() - begin < 2 * SOON

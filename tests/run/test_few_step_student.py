@@ -1,9 +1,6 @@
 """A student of few steps: trained, resumed, exported, drawn here, by the command and by diffusers, and refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import made_run
 import numpy as np
@@ -11,7 +8,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.schedulers import scheduling_lcm
-from made_run import ROOT, command, make_run
+from forked_commands import ROOT, forks
+from made_run import command, make_run
 from parity import nchw
 from PIL import Image
 from their_models import listening
@@ -168,14 +166,10 @@ def test_a_run_goes_on_to_the_same_bits_and_its_export_is_drawn_by_the_command(w
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and not any(line["skipped"] for line in lines)
 
     out = tmp_path / "pictures"
-    done = subprocess.run(
-        [
-            *(sys.executable, "launch/generate.py", f"--model={tmp_path / 'resumed' / 'export'}"),
-            *(f"--out={out}", "--prompt=a dog", "--prompt=dog", "--seed=7", "--batch_size=1"),
-        ],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    of_resumed = ["launch/generate.py", f"--model={tmp_path / 'resumed' / 'export'}", f"--out={out}"]
+    flags = ["--prompt=a dog", "--prompt=dog", "--seed=7", "--batch_size=1"]
+    done = forks().run([*of_resumed, *flags], ROOT)
+    assert done.code == 0, done.said
     settings = json.loads((out / "settings.json").read_text())
     assert (settings["steps"], settings["sampler"]) == (2, "lcm")
     want = sbv2_jax.load(tmp_path / "straight" / "export").draw(["a dog", "dog"], seed=7)

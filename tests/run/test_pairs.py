@@ -14,6 +14,7 @@ import torch
 from conftest import relative_error
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from documented import block
+from forked_commands import Forked, forks
 from parity import nchw
 from tiny_pipeline import SMALL_UNET, write_pipeline, write_world
 from train_command import ROOT, command, fields, lines_of, metrics, run, start
@@ -66,25 +67,14 @@ def shards(directory: Path) -> list[Path]:
     return sorted(directory.glob("pairs-*.array_record"))
 
 
-def drawn_by(world: Path, out: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+def drawn_by(world: Path, out: Path, *flags: str, devices: int = 1) -> Forked:
     settings = {
         "model": world / "pipeline", "prompts": world / "prompts.txt", "out": out, "count": COUNT, "batch_size": 2,
         "shard_size": SHARD, "steps": 3, "guidance": 3, "sampler": "ddim", "seed": 7,
     }  # fmt: skip
     xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "launch/pairs.py",
-            *(f"--{name}={value}" for name, value in settings.items()),
-            *flags,
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "XLA_FLAGS": xla},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["launch/pairs.py", *(f"--{name}={value}" for name, value in settings.items()), *flags]
+    return forks().start(words, environment={"XLA_FLAGS": xla})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whole runs of the real command on a tiny pipeline: killed, resumed, exported, and refused."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
+from forked_commands import Forked
 from parity import nchw
 from PIL import Image
 from tiny_pipeline import write_world
@@ -45,7 +47,7 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def stop_after(process: subprocess.Popen, workdir: Path, step: int, how: int) -> tuple[str, str]:
+def stop_after(process: Forked, workdir: Path, step: int, how: int) -> tuple[str, str]:
     """Sends a signal once the run has recorded a step; the run must still be going."""
     deadline = time.monotonic() + 240
     while len(lines_of(workdir)) < step:
@@ -57,11 +59,14 @@ def stop_after(process: subprocess.Popen, workdir: Path, step: int, how: int) ->
 
 @pytest.fixture(scope="module")
 def straight(world, tmp_path_factory):
-    """The run that nothing disturbed, all weights of the student trained."""
+    """The run that nothing disturbed, all weights of the student trained; started as a shell does."""
     workdir = tmp_path_factory.mktemp("straight")
-    code, out, err = run(command(world, workdir))
-    assert code == 0, err
-    return workdir, out
+    done = subprocess.run(
+        [sys.executable, *command(world, workdir)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
 
 
 def test_a_run_leaves_the_files_that_it_promises(straight):
@@ -177,7 +182,7 @@ def test_lora_with_clip_and_reward_trains_and_exports_merged_weights(world, tmp_
 
 def test_dry_run_of_sd21_counts_and_allocates_nothing(tmp_path):
     code, out, err = run(
-        [sys.executable, "launch/train.py", f"--config={ROOT}/configs/tpu_v4.py:lora", "--dry_run"]
+        ["launch/train.py", f"--config={ROOT}/configs/tpu_v4.py:lora", "--dry_run"]
         + [f"--workdir={tmp_path / 'none'}", "--config.mesh.data=8", "--config.mesh.fsdp=4"]
         + ["--config.score.updates_per_step=3"]
     )
