@@ -48,15 +48,18 @@ def main(given: Namespace) -> int:
         steps=given.steps,
         machine=given.machine,
     )
-    failures: list[str] = []
-    try:
-        if not given.page:
-            failures = climb(ladder, rungs, seeds, Processes(dry_run=given.dry_run))
-    except Failed as failure:
-        raise InputError(f"the teacher cannot be measured: {failure}") from failure
-    finally:
+
+    def told() -> None:
         if not given.dry_run:
             write_page(ladder, out / "ladder.md")
+
+    told()
+    if given.page:
+        return 0
+    try:
+        failures = climb(ladder, rungs, seeds, Processes(dry_run=given.dry_run), told)
+    except Failed as failure:
+        raise InputError(f"the teacher cannot be measured: {failure}") from failure
     return 1 if failures else 0
 
 

@@ -50,6 +50,10 @@ def text_of(ladder) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def nothing() -> None:
+    """What is called when there is more to tell."""
+
+
 def line_of(text: str, begins: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(begins))
 
@@ -124,7 +128,9 @@ def test_the_page_says_that_nothing_has_been_run(ladder):
 def test_a_rung_is_climbed_kept_and_not_climbed_again(ladder, commands):
     stand_in = commands()
     rungs = named(["full", "merge"])
-    assert climb(ladder, rungs, (0,), Processes()) == []
+    told = []
+    assert climb(ladder, rungs, (0,), Processes(), lambda: told.append(len(stand_in.given))) == []
+    assert told == [3, 6, 10], "after the teacher and each rung"
     assert stand_in.names() == [
         "evaluate validation", "evaluate test", "evaluate test",  # the teacher
         "train full-0", "evaluate test", "evaluate test",
@@ -146,10 +152,10 @@ def test_a_rung_is_climbed_kept_and_not_climbed_again(ladder, commands):
     assert (ladder.workdir / "measured" / "full-0" / "report.html").is_file()
 
     again = commands()
-    assert climb(ladder, rungs, (0,), Processes()) == [] and again.given == []
+    assert climb(ladder, rungs, (0,), Processes(), nothing) == [] and again.given == []
     # on a machine of which nothing was left but the files
     elsewhere = Ladder(workdir=ladder.workdir / "elsewhere", kept=ladder.kept)
-    assert climb(elsewhere, rungs, (0,), Processes()) == [] and again.given == []
+    assert climb(elsewhere, rungs, (0,), Processes(), nothing) == [] and again.given == []
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_a_rung_is_climbed_kept_and_not_climbed_again(ladder, commands):
 )
 def test_the_page_says_what_the_verdict_of_all_seeds_is(ladder, commands, shift, word, said):
     commands(shift=shift)
-    climb(ladder, named(["full"]), SEEDS, Processes())
+    climb(ladder, named(["full"]), SEEDS, Processes(), nothing)
     text = text_of(ladder)
     assert "its best setting was **4 steps, guidance 2, dpm**: 8 forwards a picture" in text
     best = line_of(text, "| **teacher** | at its best: 4 steps, guidance 2, dpm |")
@@ -183,7 +189,7 @@ def test_the_page_says_what_the_verdict_of_all_seeds_is(ladder, commands, shift,
 
 def test_a_verdict_of_fewer_seeds_is_provisional_and_no_win(ladder, commands):
     commands(shift=-2.0)
-    climb(ladder, named(["full"]), (0,), Processes())
+    climb(ladder, named(["full"]), (0,), Processes(), nothing)
     text = text_of(ladder)
     assert line_of(text, "| `full` | full training").endswith("| **wins so far (1 of 3 seeds)** |")
     assert "1 of 45 runs are there, 0 of 15 rungs with all their seeds." in text and "These win" not in text
@@ -191,7 +197,7 @@ def test_a_verdict_of_fewer_seeds_is_provisional_and_no_win(ladder, commands):
 
 def test_the_curve_of_the_merge_is_drawn_and_says_where_it_is_best(ladder, commands):
     commands()
-    climb(ladder, named(["merge"]), (0, 1), Processes())
+    climb(ladder, named(["merge"]), (0, 1), Processes(), nothing)
     text = text_of(ladder)
     assert "![figures of the merge over lambda](ladder/merge.png)" in text
     assert (ladder.kept / "merge.png").read_bytes().startswith(b"\x89PNG")
@@ -201,7 +207,7 @@ def test_the_curve_of_the_merge_is_drawn_and_says_where_it_is_best(ladder, comma
 
 def test_another_teacher_or_recipe_makes_results_stale_and_they_are_run_again(ladder, commands, monkeypatch):
     commands()
-    climb(ladder, named(["full"]), (0,), Processes())
+    climb(ladder, named(["full"]), (0,), Processes(), nothing)
     shorter = Ladder(workdir=ladder.workdir, kept=ladder.kept, steps=7)
     assert line_of(text_of(shorter), "| `full` | full training").endswith("| stale: of another recipe |")
     monkeypatch.setattr(climbing, "bundle_digest", lambda: "c" * 64)
@@ -209,13 +215,13 @@ def test_another_teacher_or_recipe_makes_results_stale_and_they_are_run_again(la
     assert line_of(text, "| `full` | full training").endswith("| stale: of another teacher |")
     assert "1 results are stale: they will be run again." in text and "Its best setting has not" in text
     again = commands()
-    climb(ladder, named(["full"]), (0,), Processes())
+    climb(ladder, named(["full"]), (0,), Processes(), nothing)
     assert len(again.given) == 6 and results.read(ladder.result("full", 0))["made_of"]["bundle"] == "c" * 64
 
 
 def test_a_rung_that_fails_leaves_the_others_and_what_it_has_begun_is_not_run_twice(ladder, commands):
     stand_in = commands(codes={"workdir=" + str(ladder.workdir / "v1-0"): 70})
-    failures = climb(ladder, named(["v1", "full-from-v1", "lora"]), (0,), Processes())
+    failures = climb(ladder, named(["v1", "full-from-v1", "lora"]), (0,), Processes(), nothing)
     assert [one.partition(":")[0] for one in failures] == ["v1-0", "full-from-v1-0"]
     assert "exit code 70 of: " in failures[0] and stand_in.names().count("train v1-0") == 1
     assert ladder.result("lora", 0).is_file() and not ladder.result("v1", 0).exists()
@@ -223,13 +229,13 @@ def test_a_rung_that_fails_leaves_the_others_and_what_it_has_begun_is_not_run_tw
 
 def test_a_dry_run_prints_the_commands_and_starts_none(ladder, commands, capsys):
     stand_in = commands()
-    climb(ladder, named(["two-step"]), (1,), Processes(dry_run=True))
+    climb(ladder, named(["two-step"]), (1,), Processes(dry_run=True), nothing)
     said = capsys.readouterr().out
     assert "--split=validation" in said and "the teacher's best setting, which is measured first" in said
-    climb(ladder, named(["full"]), (0,), Processes())
+    climb(ladder, named(["full"]), (0,), Processes(), nothing)
     stand_in.given.clear()
     capsys.readouterr()
-    climb(ladder, named(["full", "regression"]), (0,), Processes(dry_run=True))
+    climb(ladder, named(["full", "regression"]), (0,), Processes(dry_run=True), nothing)
     said = capsys.readouterr().out
     assert stand_in.given == [] and "full-0" not in said
     pairs, train, *_ = said.splitlines()

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +78,23 @@ def wanted_of(ladder: Ladder, rung: Rung, teacher: Mapping[str, Any]) -> dict[st
     }
 
 
-def climb(ladder: Ladder, rungs: Sequence[Rung], seeds: Sequence[int], processes: Processes) -> list[str]:
+def climb(
+    ladder: Ladder,
+    rungs: Sequence[Rung],
+    seeds: Sequence[int],
+    processes: Processes,
+    told: Callable[[], None],
+) -> list[str]:
     """Trains and measures every rung that is not kept yet, the first seed of all before the second.
 
-    Returns what failed, a line each; the others are climbed all the same. Raises Failed where the teacher cannot be
+    `told` is called when there is more to tell: after the teacher, and each rung. Returns what failed, a line each; the others are climbed all the same. Raises Failed where the teacher cannot be
     measured, and Stopped after a signal.
     """
     teacher = measured_teacher(ladder, processes)
     if teacher is None:
         print("what follows depends on the teacher's best setting, which is measured first")
         return []
+    told()
     failures = []
     for seed in seeds:
         for rung in (one for one in rungs if seed in one.seeds):
@@ -97,6 +104,7 @@ def climb(ladder: Ladder, rungs: Sequence[Rung], seeds: Sequence[int], processes
                 continue
             try:
                 _climb_one(ladder, rung, seed, Setting.of(teacher["best"]), wanted, processes)
+                told()
             except Failed as failure:
                 failures.append(f"{rung.name}-{seed}: {failure}")
                 print(failures[-1], file=sys.stderr, flush=True)

@@ -194,19 +194,15 @@ def _rows(teacher: Mapping[str, Any] | None, place: int) -> list[Mapping[str, An
         return []
     kinds: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in teacher["rows"]:
-        kinds.setdefault((*sorted(teacher_setting(row).items()),), []).append(row)
-    best = [
-        row
-        for row in teacher["rows"]
-        if teacher_setting(row) == teacher_setting({"settings": teacher["best"]})
-    ]
+        kinds.setdefault((*sorted(_setting(row).items()),), []).append(row)
+    best = [row for row in teacher["rows"] if _setting(row) == _setting({"settings": teacher["best"]})]
     others = [rows for rows in kinds.values() if rows[0] not in best]
     drawn = [rows for rows in others if rows[0]["forwards"] is not None]
     real = [rows for rows in others if rows[0]["forwards"] is None]
     return [best, *(drawn or [best]), *real][place]
 
 
-def teacher_setting(row: Mapping[str, Any]) -> dict[str, Any]:
+def _setting(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a row without those that were not set, and without its seed."""
     return {name: value for name, value in row["settings"].items() if name != "seed" and value is not None}
 

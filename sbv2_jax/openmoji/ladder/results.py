@@ -45,7 +45,9 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a result, its lists of numbers on a line each, in one rename."""
-    text = json.dumps(_rounded(values), indent=1, ensure_ascii=False)
+    # What it was made of is compared, not read.
+    rounded = {name: value if name == "made_of" else _rounded(value) for name, value in values.items()}
+    text = json.dumps(rounded, indent=1, ensure_ascii=False)
     text = re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as partial:
