@@ -87,8 +87,8 @@ def climb(
 ) -> list[str]:
     """Trains and measures every rung that is not kept yet, the first seed of all before the second.
 
-    `told` is called when there is more to tell: after the teacher, and each rung. Returns what failed, a line each; the others are climbed all the same. Raises Failed where the teacher cannot be
-    measured, and Stopped after a signal.
+    `told` is called when there is more to tell: after the teacher, and each rung. Returns what failed, a line each; the
+    others are climbed all the same. Raises Failed where the teacher cannot be measured, and Stopped after a signal.
     """
     teacher = measured_teacher(ladder, processes)
     if teacher is None:
