@@ -64,7 +64,7 @@ class Ladder:
 
 def wanted_of_teacher(ladder: Ladder) -> dict[str, Any]:
     """Returns what a result of the teacher must be made of."""
-    sweep = SWEEP | {"count": min(int(SWEEP["count"]), ladder.count)}
+    sweep = SWEEP | {"count": min(SWEEP["count"], ladder.count)}
     return {"bundle": bundle_digest(), "count": ladder.count, "sweep": sweep}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from sbv2_jax.diffusion.schedule import is_guided
 
 # On validation prompts, with both samplers; in one step they are the same.
-SWEEP = {"count": 500, "steps": "1,2,4,8,25,50", "guidance": "1,1.5,2,3,4.5,7.5"}
+SWEEP: dict[str, Any] = {"count": 500, "steps": "1,2,4,8,25,50", "guidance": "1,1.5,2,3,4.5,7.5"}
 
 
 class Setting(NamedTuple):
