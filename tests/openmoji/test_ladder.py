@@ -1,6 +1,7 @@
 """The ladder: its commands, what is kept and not run again, and what the page says of it."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -15,12 +16,17 @@ from ml_collections import config_flags
 
 from sbv2_jax import cli
 from sbv2_jax.errors import InputError
+from sbv2_jax.evaluate.intervals import Interval
+from sbv2_jax.evaluate.measure import Comparison, Evaluation, Row
+from sbv2_jax.evaluate.report import as_json
+from sbv2_jax.evaluate.verdict import Verdict
 from sbv2_jax.openmoji.ladder import climb as climbing
 from sbv2_jax.openmoji.ladder import processes, results
 from sbv2_jax.openmoji.ladder.climb import Ladder, climb, train_command
-from sbv2_jax.openmoji.ladder.page import write_page
+from sbv2_jax.openmoji.ladder.page import Standing, write_page
 from sbv2_jax.openmoji.ladder.processes import Processes, Stopped
 from sbv2_jax.openmoji.ladder.rungs import BY_NAME, RUNGS, SEEDS, forwards, named, recipe, seeds_of, trainings
+from sbv2_jax.openmoji.protocol import openmoji
 from sbv2_jax.run.config import validate
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +162,46 @@ def test_a_rung_is_climbed_kept_and_not_climbed_again(ladder, commands):
     # on a machine of which nothing was left but the files
     elsewhere = Ladder(workdir=ladder.workdir / "elsewhere", kept=ladder.kept)
     assert climb(elsewhere, rungs, (0,), Processes(), nothing) == [] and again.given == []
+
+
+def test_what_is_kept_is_read_from_a_report_as_an_evaluation_writes_it(tmp_path):
+    protocol = openmoji(count=6)
+    names = [*protocol.decisive, *protocol.guarded, ("efficientnet-lite0", "size")]
+
+    def row(name, forwards, **settings):
+        figures = {one: Interval(1 / 3, 0.1, 0.5) for one in names}
+        return Row(name=name, settings=settings, fingerprint="", figures=figures, directory=tmp_path, rate=1.0,
+                   forwards=forwards)  # fmt: skip
+
+    rows = [row("rival", 8, model="bundled", seed=seed) for seed in (0, 1)]
+    rows += [row("student", 1, model="runs/x", seed=seed) for seed in (0, 1)]
+    differences = {one: [Interval(-1.0, -2.0, -0.5), Interval(-3.0, None, None)] for one in names}
+    one = Comparison(
+        name="student",
+        rival="rival",
+        seeds=(0, 1),
+        differences=differences,
+        verdict=Verdict("matches", ("why",)),
+    )
+    better = protocol.better()
+    report = as_json(
+        Evaluation(protocol=protocol, rows=rows, comparisons=[one], references={}, better=better), "c"
+    )
+    path = tmp_path / "kept.json"
+    results.write(path, {"made_of": {"lr": 0.123456789}} | results.compared(json.loads(json.dumps(report))))
+    kept = results.read(path)
+    assert kept["made_of"] == {"lr": 0.123456789} and "    [-1.0, -2.0, -0.5],\n" in path.read_text()
+    assert [(one["settings"], one["forwards"]) for one in kept["rows"]] == [
+        ({"seed": 0}, 1),
+        ({"seed": 1}, 1),
+    ]
+    assert kept["rows"][0]["figures"]["efficientnet-lite0"]["size"] == [0.333333, 0.1, 0.5]
+    assert kept["differences"]["efficientnet-lite2"]["KID"] == [[-1.0, -2.0, -0.5], [-3.0, None, None]]
+    assert "size" not in kept["differences"]["efficientnet-lite0"]
+    assert kept["verdict"] == {"word": "matches", "reasons": ["why"]}
+    standing = Standing(rung=BY_NAME["full"], found=[kept], stale={})
+    assert standing.said == "matches so far (1 of 3 seeds)"
+    assert standing.verdict.reasons[0] == "efficientnet-lite0 FD: not better for certain in 1 of 2 seeds"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
     # What it was made of is compared, not read.
     rounded = {name: value if name == "made_of" else _rounded(value) for name, value in values.items()}
     text = json.dumps(rounded, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)
+    text = re.sub(r"\[([^][{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
