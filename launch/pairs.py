@@ -35,10 +35,7 @@ FLAGS = (
         *("shard_size", "Pairs of a file; one that was interrupted is drawn again.", int, whole(1)),
         default=1024,
     ),
-    Flag("coordinator", "HOST:PORT of process 0, of several processes."),
-    Flag("num_processes", "How many processes there are.", int, whole(1)),
-    Flag("process_id", "Which of them this is.", int, whole(0)),
-    Flag("pod", "Find the other processes by a TPU pod's metadata, SLURM or MPI.", bool),
+    *cli.PROCESSES,
 )
 
 

@@ -138,6 +138,15 @@ def read_flags(
     return values
 
 
+# Of a command that several processes may share; `devices.processes.join` takes what they say.
+PROCESSES = (
+    Flag("coordinator", "HOST:PORT of process 0, of several processes."),
+    Flag("num_processes", "How many processes there are.", int, fields.whole(1)),
+    Flag("process_id", "Which of them this is.", int, fields.whole(0)),
+    Flag("pod", "Find the other processes by a TPU pod's metadata, SLURM or MPI.", bool),
+)
+
+
 def require(values: argparse.Namespace, names: Sequence[str], command: str = "") -> None:
     """Raises InputError that lists which of these flags were not given."""
     if missing := [f"--{name}" for name in names if getattr(values, name) in (None, [])]:

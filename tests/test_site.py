@@ -147,8 +147,9 @@ def test_a_link_that_leads_nowhere_is_an_error(tmp_path):
 @needs_browser
 def test_the_search_finds_a_page_and_asks_no_other_machine(address):
     with opened(address) as page:
-        page.fill("input[name=query]", "negative prompt")
+        # As a person does: what is filled in before the page listens is never searched for.
         page.click("input[name=query]")
+        page.locator("input[name=query]").press_sequentially("negative prompt")
         page.locator(".md-search-result__link[href*='after_training.html']").first.wait_for()
 
 

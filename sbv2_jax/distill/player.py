@@ -27,8 +27,9 @@ class Setting:
     """What the players and terms of a run are built from, beside its configuration.
 
     `parts` are the networks as their files describe them: "teacher", "student" (what it starts from) and those
-    that terms asked for; `schedules` are those of the first two. `optimizer(peak, updates_per_step)` makes one
-    with the run's settings. `players` are those that are built already.
+    that terms asked for; `schedules` are those of the first two. `rate(peak, updates_per_step)` is a learning rate by
+    update, and `optimizer(rate)` makes an optimizer, both with the run's settings. `players` are those that are
+    built already.
     """
 
     parts: Mapping[str, Part[ModelConfig]]
@@ -36,7 +37,8 @@ class Setting:
     latent_shape: tuple[int, int, int]
     compute_dtype: jnp.dtype
     execution: Execution
-    optimizer: Callable[[float, int], optax.GradientTransformation]
+    rate: Callable[[float, int], optax.Schedule]
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation]
     players: Mapping[str, "Player"] = dataclasses.field(default_factory=dict)
 
 
@@ -46,7 +48,7 @@ class Player:
 
     `updates` is how often a step updates one that follows the student: on fresh samples each time but the last,
     which is on those that the student learns from. A LoRA, and a network without a `part`, is drawn from the run's
-    seed + `seed_offset`.
+    seed + `seed_offset`. `rate` is the optimizer's learning rate, which the metrics tell where it is given.
     """
 
     name: ClassVar[str]
@@ -54,6 +56,7 @@ class Player:
     network: Network
     schedule: Schedule
     optimizer: optax.GradientTransformation
+    rate: optax.Schedule | None = None
     part: Part[ModelConfig] | None = None
     base: str | None = None
     lora_scale: float = 1.0

@@ -65,10 +65,12 @@ class Score(Player):
     def build(cls, config: ConfigDict, setting: Setting) -> Self:
         """Builds the score model of a run."""
         part, values = setting.parts["teacher"], config.score
+        rate = setting.rate(values.lr, values.updates_per_step)
         return cls(
             network=with_lora(part, setting.execution, values.targets, values.rank),
             schedule=setting.schedules["teacher"],
-            optimizer=setting.optimizer(values.lr, values.updates_per_step),
+            optimizer=setting.optimizer(rate),
+            rate=rate,
             part=part,
             base="teacher",
             lora_scale=values.alpha / values.rank,

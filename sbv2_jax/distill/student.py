@@ -76,9 +76,11 @@ class Student(Player):
     def build(cls, config: ConfigDict, setting: Setting) -> Self:
         """Builds the student of a run: all weights, or a LoRA on what it starts from."""
         part, values = setting.parts["student"], config.student
+        rate = setting.rate(values.lr, 1)
         common = {
             "schedule": _with_timesteps(setting.schedules["student"], tuple(values.timesteps)),
-            "optimizer": setting.optimizer(values.lr, 1),
+            "optimizer": setting.optimizer(rate),
+            "rate": rate,
             "part": part,
             "compute_dtype": setting.compute_dtype,
         }

@@ -71,6 +71,7 @@ def assemble(config: ConfigDict, parts: Parts, core: Core | None = None) -> Run:
         latent_shape=(side, side, parts.teacher.config.in_channels),
         compute_dtype=dtype,
         execution=Execution(remat=config.remat == "block", core=core),
+        rate=functools.partial(_rate, config),
         optimizer=functools.partial(_optimizer, config),
     )
     classes = term_classes(config)
@@ -153,12 +154,17 @@ def _require_fit(parts: Parts) -> None:
         raise InputError(f"{parts.student.directory} has another number of timesteps than the teacher")
 
 
-def _optimizer(config: ConfigDict, peak: float, updates_per_step: int) -> optax.GradientTransformation:
+def _rate(config: ConfigDict, peak: float, updates_per_step: int) -> optax.Schedule:
     values = config.optimizer
     # An optimizer counts its own updates, the configuration the run's steps.
     warmup, updates = values.warmup * updates_per_step, config.steps * updates_per_step
+    return optimizers.learning_rate(peak, values.schedule, warmup, updates)
+
+
+def _optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    values = config.optimizer
     return optimizers.adamw(
-        optimizers.learning_rate(peak, values.schedule, warmup, updates),
+        rate,
         b1=values.b1,
         b2=values.b2,
         mu_dtype=DTYPES[values.mu_dtype],

@@ -3,15 +3,12 @@
 import re
 import resource
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from ml_collections import ConfigDict
 
-from sbv2_jax.distill import optimizers
+from sbv2_jax.distill.method import Method
 from sbv2_jax.distill.terms.term import Term
 from sbv2_jax.tree import GIB, leaf_names
 
@@ -20,23 +17,20 @@ class Health:
     """Counts the updates of a run from its state, and says what holds of each step.
 
     Args:
-      config: of the run.
+      method: of the run, whose players have learning rates and whose terms have weights.
       state: that the first step takes, of which the student's optimizer tells how many updates there were: a step
         that is skipped is none.
-      terms: of the student's objective.
     """
 
-    def __init__(self, config: ConfigDict, state: Any, terms: Sequence[Term]):
-        self._config, self._updates = config, _updates(state)
-        # Every other term has a weight of 1.
-        self._weighted = [term for term in terms if type(term).weight is not Term.weight]
-        rates = {
-            "student": _rate(config, config.student.lr, 1),
-            "score": _rate(config, config.score.lr, config.score.updates_per_step),
-            "discriminator": _rate(config, config.gan.lr, 1),
+    def __init__(self, method: Method, state: Any):
+        self._updates = _updates(state)
+        self._rates = {
+            player.name: (player.rate, player.updates)
+            for player in method.players.values()
+            if player.rate is not None
         }
-        trained = {name.partition("_opt.")[0] for name in leaf_names(state)}
-        self._rates = {name: rate for name, rate in rates.items() if name in trained}
+        # Every other term has a weight of 1.
+        self._weighted = [term for term in method.terms if type(term).weight is not Term.weight]
 
     def metrics(self, step: int, seconds: float, *, skipped: bool) -> dict[str, float]:
         """Returns the metrics of a step that took so long, without saves and pictures; called once for each.
@@ -44,22 +38,13 @@ class Health:
         `lr/NAME` is the rate of the (first) update of the step, `TERM/weight` what the objective multiplies a term by
         in it, `memory/NAME_gib` what the host, and the fullest device, have had in use at most since the start.
         """
-        every = {"score": self._config.score.updates_per_step}
         found = {
-            f"lr/{name}": float(rate(every.get(name, 1) * self._updates))
-            for name, rate in self._rates.items()
+            f"lr/{name}": float(rate(updates * self._updates))
+            for name, (rate, updates) in self._rates.items()
         }
         found |= {f"{term.name}/weight": float(term.weight(jnp.asarray(step - 1))) for term in self._weighted}
         self._updates += not skipped
         return found | {"seconds_per_step": seconds} | _memory()
-
-
-def _rate(config: ConfigDict, peak: float, updates_per_step: int) -> optax.Schedule:
-    values = config.optimizer
-    # As the optimizer's own: it counts its updates, the configuration the run's steps.
-    return optimizers.learning_rate(
-        peak, values.schedule, values.warmup * updates_per_step, config.steps * updates_per_step
-    )
 
 
 def _updates(state: Any) -> int:

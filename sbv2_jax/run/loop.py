@@ -216,7 +216,7 @@ def advance(config: ConfigDict, workdir: Path, ready: Ready) -> bool:
             )
         stack.enter_context(log)
         guard = Guard(workdir, config.limits.latents_std)
-        record = Record(log, guard, Health(config, ready.state, ready.run.method.terms))
+        record = Record(log, guard, Health(ready.run.method, ready.state))
 
         def read(step: int) -> Batch:
             updates = ready.run.method.updates

@@ -105,7 +105,7 @@ def test_what_a_rung_needs_comes_before_it_and_decides_its_recipe():
     assert names == ["regression", "full-from-regression"]
     found = recipe(BY_NAME["full-from-v1"], None)
     assert list(found) == ["v1", "full-from-v1"] and found["full-from-v1"]["start"] == "v1"
-    assert found["v1"]["vsd.weighting"] == "sbv2" and "sample.every" not in found["v1"]
+    assert found["v1"]["vsd.score_guidance"] == 1.5 and "sample.every" not in found["v1"]
     assert recipe(BY_NAME["lora"], 3)["lora"]["steps"] == 3
     constant, falling = (recipe(BY_NAME[name], None)[name] for name in ("lora-clamped", "lora-falling"))
     assert constant.pop("clip.schedule") == "constant" and constant == falling

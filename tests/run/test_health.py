@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from sbv2_jax.devices.sharding import shardings
 from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.distill.terms.term import Term
 from sbv2_jax.models import lora
-from sbv2_jax.run import predictions
+from sbv2_jax.run import build, predictions
 from sbv2_jax.run.arrays import load_frozen, load_state, place
 from sbv2_jax.run.compilation import lay_out
 from sbv2_jax.run.components import read_parts
@@ -34,6 +36,15 @@ def configuration(**changes):
     return config
 
 
+def method(rates: dict, terms: Sequence[Term] = (), updates: dict | None = None) -> SimpleNamespace:
+    """What `Health` reads of a method: players with these rates, and terms."""
+    players = {
+        name: SimpleNamespace(name=name, rate=rate, updates=(updates or {}).get(name, 1))
+        for name, rate in rates.items()
+    }
+    return SimpleNamespace(players=players, terms=terms)
+
+
 def at(count: int) -> dict:
     """A state whose optimizer has made so many updates."""
     return {"student_opt": ({"count": jnp.int32(count), "mu": jnp.ones(3)},), "score_opt": {"count": 7}}
@@ -42,7 +53,9 @@ def at(count: int) -> dict:
 def test_rates_are_those_of_the_updates_that_were_made():
     """A rise over 4 updates, then a cosine over 6; a step that is skipped updates nothing."""
     changes = {"optimizer.warmup": 4, "optimizer.schedule": "cosine", "score.updates_per_step": 3}
-    health = Health(configuration(**changes), at(2), [Term()])
+    config = configuration(**changes)
+    rates = {"student": build._rate(config, 1e-3, 1), "score": build._rate(config, 1e-2, 3)}
+    health = Health(method(rates, updates={"score": 3}), at(2))
     want = [0.5, 0.75, 0.75, 1.0, 0.5 * (1 + math.cos(math.pi / 6))]
     for step, (share, skipped) in enumerate(zip(want, (False, True, False, False, False), strict=True), 4):
         found = health.metrics(step, 0.25, skipped=skipped)
@@ -61,7 +74,7 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
 
     ballast = np.ones(2**26)
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(2**30), Device(3 * 2**30), Device(5)])
-    found = Health(configuration(), at(0), []).metrics(6, 1.0, skipped=False)
+    found = Health(method({}), at(0)).metrics(6, 1.0, skipped=False)
     assert found["memory/device_gib"] == 3 and 0.5 < found["memory/host_gib"] < 200
     assert ballast.sum() == 2**26
 
@@ -75,12 +88,18 @@ def test_weights_are_those_of_the_terms_that_the_run_has_whoever_wrote_them():
         def weight(self, step):
             return 0.25 * jnp.minimum(step, 2)
 
-    # A CLIP that is named, but of no term, weighs nothing.
-    config = configuration(**{"clip.model": "x", "clip.weight": 0.2})
-    health = Health(config, at(0), [Term(), Rising()])
+    health = Health(method({}, [Term(), Rising()]), at(0))
     found = [health.metrics(step, 1.0, skipped=False) for step in (1, 2, 3, 4)]
     assert [one["rising/weight"] for one in found] == [0.0, 0.25, 0.5, 0.5]
-    assert not {"clip/weight", "vsd/weight"} & found[0].keys()
+    assert [name for name in found[0] if name.endswith("/weight")] == ["rising/weight"]
+
+
+def test_rates_are_those_of_the_players_that_the_run_has_whoever_wrote_them():
+    health = Health(
+        method({"judge": lambda update: 0.5 * update, "silent": None}, updates={"judge": 2}), at(3)
+    )
+    assert health.metrics(4, 1.0, skipped=False)["lr/judge"] == 3.0
+    assert "lr/silent" not in health.metrics(5, 1.0, skipped=False)
 
 
 @pytest.fixture(scope="module")

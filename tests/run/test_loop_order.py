@@ -46,7 +46,7 @@ def ready_of(events, *, first=0, latents_std=lambda step: 1.0):
 
     nothing = dict.fromkeys(("frozen", "grid", "scoring", "probe"))
     return Ready(
-        run=SimpleNamespace(method=SimpleNamespace(updates=1, terms=())),
+        run=SimpleNamespace(method=SimpleNamespace(updates=1, players={}, terms=())),
         mesh=make_mesh(1, 1, 1),
         tokenizers={"input_ids": SimpleNamespace(encode=lambda texts: np.array([[int(t)] for t in texts]))},
         checkpoints=saving(lambda step, state, extra: events.append(f"save {step}")),

@@ -12,7 +12,7 @@ from sbv2_jax.diffusion.schedule import add_noise
 from sbv2_jax.distill.player import Player, Setting
 from sbv2_jax.distill.random_numbers import NamedKeys
 from sbv2_jax.distill.state import Frozen
-from sbv2_jax.distill.terms.term import Column, Given, Rows, Term
+from sbv2_jax.distill.terms.term import Column, Given, Rows, Term, rows_of
 from sbv2_jax.models.conditions import Text
 from sbv2_jax.models.config import ModelConfig, of_kind
 from sbv2_jax.models.discriminator import DiscriminatorHead
@@ -83,17 +83,18 @@ class Discriminator(Player):
     @classmethod
     def build(cls, config: ConfigDict, setting: Setting) -> Self:
         """Builds the discriminator of a run."""
-        part = setting.parts["teacher"]
+        part, rate = setting.parts["teacher"], setting.rate(config.gan.lr, 1)
         unet = of_kind(part.config, UNetConfig, "the teacher")
         side = setting.latent_shape[0] // 2 ** (len(unet.block_out_channels) - 1)
         channels, groups = unet.block_out_channels[-1], unet.norm_num_groups
         return cls(
             network=Network(lambda rngs: DiscriminatorHead(channels, side, groups, rngs)),
             schedule=setting.schedules["teacher"],
-            optimizer=setting.optimizer(config.gan.lr, 1),
+            optimizer=setting.optimizer(rate),
+            rate=rate,
             unet=network(unet, execution=setting.execution),
             teacher=part,
-            scale=config.batch_size / _count(config),
+            scale=config.batch_size / rows_of(config.gan.share, config.batch_size),
             seed_offset=2,
             compute_dtype=setting.compute_dtype,
         )
@@ -152,7 +153,7 @@ class GAN(Term):
         assert isinstance(discriminator, Discriminator)
         return cls(
             discriminator=discriminator,
-            rows=Rows(READER, "config.gan.path", _count(config), columns),
+            rows=Rows(READER, "config.gan.path", rows_of(config.gan.share, config.batch_size), columns),
             scale=config.gan.weight,
         )
 
@@ -176,8 +177,3 @@ class GAN(Term):
         values = jnp.stack([generator_loss(logits), jax.nn.sigmoid(logits)])
         losses, realism = jnp.where(given.encoded[None], player.scale * values, 0.0)
         return losses, {"realism": realism}
-
-
-def _count(config: ConfigDict) -> int:
-    """Returns how many rows of a batch have real latents."""
-    return max(1, round(config.gan.share * config.batch_size))

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sbv2_jax.distill.player import Setting
 from sbv2_jax.distill.random_numbers import initial_noise
 from sbv2_jax.distill.state import Frozen
-from sbv2_jax.distill.terms.term import Column, Given, Rows, Term
+from sbv2_jax.distill.terms.term import Column, Given, Rows, Term, rows_of
 
 READER = "sbv2_jax.data.pairs:open_pairs"
 # The pair's number, -1 in the other rows, the seed of its noise, and the teacher's latent.
@@ -52,7 +52,7 @@ class Regression(Term):
             SEEDS: Column((), "uint32"),
             LATENTS: Column(setting.latent_shape, "float32"),
         }
-        count = max(1, round(config.pairs.share * config.batch_size))
+        count = rows_of(config.pairs.share, config.batch_size)
         rows = Rows(READER, "config.pairs.path", count, columns)
         return cls(rows=rows, batch_size=config.batch_size, scale=config.pairs.weight)
 

@@ -60,6 +60,11 @@ class Rows(NamedTuple):
     columns: Mapping[str, Column]
 
 
+def rows_of(share: float, batch_size: int) -> int:
+    """Returns how many rows of a batch a share of them is, at least one."""
+    return max(1, round(share * batch_size))
+
+
 class Given(NamedTuple):
     """What a term reads beside the samples, all of it without gradient.
 

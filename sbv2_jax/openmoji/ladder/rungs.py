@@ -9,14 +9,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sbv2_jax import fields
+from sbv2_jax.distill.terms.term import rows_of
 from sbv2_jax.errors import InputError
 from sbv2_jax.run.config import may_change, validate
 from sbv2_jax.run.config_fields import FIELDS
 from sbv2_jax.run.forwards import forwards_of_an_image
 
-ROOT = Path(__file__).parents[
-    3
-]  # the ladder is climbed from a checkout, which has the commands and configurations
+# It is climbed from a checkout, which has the commands and the configurations.
+ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "configs" / "openmoji.py"
 SEEDS = (0, 1, 2)
 TEACHER = "teacher"
@@ -67,8 +67,8 @@ RUNGS = (
         what="SwiftBrush v1: from the teacher's weights, VSD as published: weight s_t², the score model a LoRA of "
         "attention's q and v, both guided alike",
         paper="15.46",
+        word="v1",
         changes={
-            "vsd.weighting": "sbv2",
             "vsd.score_guidance": 1.5,
             "score.targets": FIELDS["score.targets"].default,
         },
@@ -219,8 +219,8 @@ def forwards(rung: Rung, steps: int | None, pair_forwards: int) -> dict[str, int
         each = forwards_of_an_image(config)
         teacher, total = teacher + images * each.teacher, total + images * each.all
         if one.pairs:
-            rows = max(1, round(config.pairs.share * config.batch_size))
-            read = max(read, min(pair_count(steps, pair_forwards), config.steps * rows))
+            rows = config.steps * rows_of(config.pairs.share, config.batch_size)
+            read = max(read, min(pair_count(steps, pair_forwards), rows))
     return {"teacher": round(teacher + read * pair_forwards), "all": round(total + read * pair_forwards)}
 
 

@@ -80,7 +80,7 @@ class Stages:
                 init=lambda: decoder,
                 inputs={
                     "pictures": self.world.pictures,
-                    "latents": self._latents * np.float32(first.config.scaling_factor),
+                    "latents": self._scaled_latents(),
                     "rest": rest,
                 },
                 settings=settings,
@@ -120,7 +120,7 @@ class Stages:
 
     def _scaled_latents(self) -> np.ndarray:
         """Returns the latents of all pictures as the UNet takes them, float32 [N, h, w, c]."""
-        factor = self._vae.config.scaling_factor  # trains the autoencoder, if that is still to do
+        factor = self._encoded.config.scaling_factor  # trains the autoencoder, if that is still to do
         return self._latents * np.float32(factor)
 
     def _cached_means(self, params: Arrays) -> np.ndarray:
