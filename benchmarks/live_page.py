@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from string import ascii_lowercase
 
 from absl import flags
 from playwright.sync_api import Page, sync_playwright
@@ -29,8 +30,9 @@ _KEYS = flags.DEFINE_integer("keys", 40, "Keys that are timed.", lower_bound=5)
 _PORT = flags.DEFINE_integer("port", 7871, "Where the page is served meanwhile.")
 _WARM, _WIDE, _NARROW = 10, {"width": 1280, "height": 720}, {"width": 390, "height": 900}
 _PROMPT = "a large red apple in the middle on a blue background"
-# Milliseconds until the picture of another address is decoded, by the browser's clock.
-_UNTIL_SEEN = """([letter]) => new Promise(done => {
+_PATIENCE = 30_000
+# Milliseconds until the picture of another address is decoded, by the browser's clock; null where there is none.
+_UNTIL_SEEN = """([text, patience]) => new Promise(done => {
   const box = document.querySelector("#prompt textarea"), before = document.querySelector("#picture img").src;
   const seen = async () => {
     const picture = document.querySelector("#picture img");
@@ -42,9 +44,13 @@ _UNTIL_SEEN = """([letter]) => new Promise(done => {
   const watch = new MutationObserver(seen);
   watch.observe(document.querySelector("#picture"), {subtree: true, childList: true, attributes: true});
   const begin = performance.now();
-  box.value += letter;
+  setTimeout(() => done(null), patience);
+  box.value = text;
   box.dispatchEvent(new Event("input", {bubbles: true}));
 })"""
+
+_BOTH_DRAWN = """() => ["#picture_note", "#many_note"].every(note =>
+  /^\\d+ ms$/.test(document.querySelector(`${note} textarea, ${note} input`).value))"""
 
 
 def main() -> None:
@@ -78,20 +84,27 @@ def main() -> None:
 
 
 def _of_a_key(page: Page, number: int) -> float:
-    """Returns the seconds until the picture of one more letter is there; each key waits for the one before."""
-    milliseconds = page.evaluate(_UNTIL_SEEN, ["abcdefghij "[number % 11]])
+    """Returns the seconds until the picture of another letter is there; each key waits for the one before.
+
+    The prompt stays as long as it is: letters past its last token would leave the picture, and its address, as it was.
+    """
+    milliseconds = page.evaluate(_UNTIL_SEEN, [f"{_PROMPT} {ascii_lowercase[number % 26]}", _PATIENCE])
+    if milliseconds is None:
+        raise InputError(f"no other picture came within {_PATIENCE // 1000} s of a key")
     time.sleep(0.2)
     return milliseconds / 1000
 
 
 def _take_pictures(page: Page, out: Path) -> None:
+    prompt = page.locator("#prompt textarea")
+    page.get_by_label("4", exact=True).check()
     page.get_by_text("In many steps beside it").click()
     page.get_by_label("Draw it").check()
-    page.get_by_label("4", exact=True).check()
-    page.locator("#prompt textarea").fill(_PROMPT)
-    page.locator("#prompt textarea").press("Enter")
-    page.wait_for_selector("#many img", timeout=120_000)
-    page.wait_for_timeout(8000)
+    page.wait_for_selector("#many img", timeout=180_000)
+    # What has compiled tells no time: the one after it does.
+    prompt.fill(_PROMPT)
+    prompt.press("Enter")
+    page.wait_for_function(_BOTH_DRAWN, timeout=180_000)
     page.screenshot(path=out / "page.png")
     page.set_viewport_size(_NARROW)
     page.wait_for_timeout(1000)

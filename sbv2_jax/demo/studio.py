@@ -20,10 +20,11 @@ _SHOWN_SIDE = 384  # pixels at least that a sheet of pictures has
 
 
 class Shown(NamedTuple):
-    """A sheet of pictures, uint8 [H, W, 3], and how long drawing it took, in seconds."""
+    """A sheet of pictures, uint8 [H, W, 3], how long drawing it took, in seconds, and whether it had to be compiled."""
 
     sheet: np.ndarray
     seconds: float
+    compiled: bool
 
 
 class Studio:
@@ -41,6 +42,8 @@ class Studio:
         self._opened: dict[str, Pipeline] = {}
         self._loads = {name: drawn_of(name).load for name in self.names}
         self._lock = threading.Lock()  # one picture at a time: the cores are shared
+        self._compiled = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
         self._pair: tuple[Pipeline, Params, Params] | None = None
         self.merges: list[str] = []
         if merge:
@@ -101,12 +104,16 @@ class Studio:
 
     def _timed(self, draw: Callable[[], np.ndarray]) -> Shown:
         with self._lock:
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), self._compiled
             pictures = draw()
-            seconds = time.perf_counter() - begin
+            seconds, compiled = time.perf_counter() - begin, self._compiled > before
         sheet = tile(pictures)
         scale = max(1, -(-_SHOWN_SIDE // sheet.shape[1]))
-        return Shown(sheet.repeat(scale, 0).repeat(scale, 1), seconds)
+        return Shown(sheet.repeat(scale, 0).repeat(scale, 1), seconds, compiled)
+
+    def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
+        # Also where the program then comes from the cache, which takes its time too.
+        self._compiled += event == "/jax/core/compile/backend_compile_duration"
 
 
 @jax.jit

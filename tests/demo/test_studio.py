@@ -37,24 +37,24 @@ def near(one, other):
 
 
 def test_pictures_are_the_models_own(world, studio):
-    sheet, seconds = studio.pictures(studio.names[0], "dog", seed=3)
+    sheet, seconds, _ = studio.pictures(studio.names[0], "dog", seed=3)
     assert (
         near(sheet, sheet_of(sbv2_jax.load(world / "run" / "export").draw(["dog"], seed=3))) and seconds > 0
     )
     teacher = sbv2_jax.load(world / "pipeline")
-    sheet, _ = studio.pictures(
+    sheet, *_ = studio.pictures(
         studio.names[1], "dog", seed=3, count=2, negative_prompt="apple", steps=3, guidance=2.0
     )
     want = teacher.draw(["dog"] * 2, seed=3, negative_prompt="apple", steps=3, guidance=2.0)
     assert near(sheet, sheet_of(want, 6))
-    sheet, _ = studio.between(studio.names[1], ("dog", "apple"), (3, 4), 0.25, 0.5)
+    sheet, *_ = studio.between(studio.names[1], ("dog", "apple"), (3, 4), 0.25, 0.5)
     assert near(sheet, sheet_of(teacher.between(("dog", "apple"), [0.25], seeds=(3, 4), noise_shares=[0.5])))
 
 
 def test_a_merge_is_that_of_the_files(world, studio, tmp_path):
     models = [open_model(world / "run" / "export"), open_model(world / "pipeline")]
     merge_models(models, [0.3, 0.7], tmp_path / "merged")
-    sheet, _ = studio.merged("dog", 0.3, seed=5)
+    sheet, *_ = studio.merged("dog", 0.3, seed=5)
     assert near(sheet, sheet_of(sbv2_jax.load(tmp_path / "merged").draw(["dog"], seed=5)))
 
 
