@@ -4,7 +4,7 @@ python launch/evaluate.py --protocol=openmoji --model=bundled,steps=8,guidance=2
     --out=runs/quality
 python launch/evaluate.py --protocol=openmoji --split=validation --model=bundled --steps=1,4,25 \
     --guidance=1:7.5:0.5 --out=runs/sweep
-python launch/evaluate.py --protocol=coco30k-sbv2 --prompts=captions_val2014.json --real=val2014 \
+python launch/evaluate.py --protocol=coco30k-sbv2 --prompts=annotations/captions_val2014.json --real=val2014 \
     --inception=inception --clip=ViT-g-14 --model=runs/full --out=runs/coco
 
 Killed and started again, it goes on. Each row after the first is compared with the first.

@@ -167,7 +167,7 @@ def checkpoints(cache, world, tmp_path_factory) -> Path:
 def paper(cache, world, checkpoints, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """The page that repeats the paper, on the checkpoints of the page that it links to."""
     names = {
-        "captions_val2014.json": world / "captions_val2014.json",
+        "annotations/captions_val2014.json": world / "captions_val2014.json",
         "val2014": world / "val2014",
         "pt_inception-2015-12-05-6726825d.pth": world / "inception.pth",
     }

@@ -261,7 +261,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
+def open_pipeline(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
     """Loads a diffusers text-to-image directory, a hub id, or "bundled", in one dtype.
 
     In float16 an autoencoder of SDXL that says `force_upcast`, since it overflows there, stays in float32.
@@ -280,7 +280,7 @@ def ready(
 ) -> Pipeline:
     """Makes an opened pipeline ready to draw, with another UNet and noise schedule in place of its own if given.
 
-    `name` is for messages. Raises InputError as `load` does.
+    `name` is for messages. Raises InputError as `open_pipeline` does.
     """
     config, vae = unet.config if unet else parts.unet, parts.vae
     if config.sample_size is None:

@@ -133,6 +133,12 @@ def latent_side(config: ConfigDict, parts: Parts) -> int:
     return side
 
 
+def describe_size(config: ConfigDict, parts: Parts) -> str | None:
+    """Returns a line where a run trains at another size than the teacher's UNet was made for, and None elsewhere."""
+    own, pixels = parts.teacher.config.sample_size, parts.vae.config.downsampling
+    if own is None or latent_side(config, parts) == own:
+        return None
+    return f"config.resolution = {config.resolution}: the teacher's UNet was made for {own * pixels} px"
 def _part(directory: Path, kind: type[C]) -> Part[C]:
     return Part(config=of_kind(check_component(directory), kind, str(directory)), directory=directory)
 

@@ -12,9 +12,19 @@ from sbv2_jax.convert.model import Model
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
 from sbv2_jax.generate.draw import Drawn
-from sbv2_jax.generate.pipeline import Pipeline, load, ready
+from sbv2_jax.generate.pipeline import Pipeline, open_pipeline, ready
 from sbv2_jax.run.directory import is_run
 from sbv2_jax.run.trained import kept_student, open_run_or_model, read_run, student_of
+
+
+def load(path_or_id: str | Path, *, dtype: Any = jnp.float32) -> Pipeline:
+    """Loads a pipeline in one dtype: a diffusers text-to-image directory, a hub id, "bundled", or a run.
+
+    A run stands for its student: of the newest step that verifies, its average where it keeps one. In float16 an
+    autoencoder of SDXL that says `force_upcast`, since it overflows there, stays in float32.
+    Raises InputError for a path that is missing and for files that do not fit the networks.
+    """
+    return drawn_of(str(path_or_id), dtype=dtype).load()
 
 
 def drawn_of(
@@ -23,10 +33,10 @@ def drawn_of(
     """Opens what is drawn of; of a run the newest step that verifies, or `step`, and its average where it keeps one.
 
     `which` is "student" or "ema", of a run. A run's weights are read at once, a model's when they are asked for.
-    Raises InputError as `student_of` and `load` do.
+    Raises InputError as `student_of` and `open_pipeline` do.
     """
     if not is_run(name):
-        return Drawn(name, load_pipeline(name).schedule_config, lambda: load(name, dtype=dtype))
+        return Drawn(name, load_pipeline(name).schedule_config, lambda: open_pipeline(name, dtype=dtype))
     which = which or kept_student(read_run(name, step, "step")[2])
     found, student = student_of(name, step=step, which=which)
     said = f"{name} ({which} of step {found})"

@@ -31,7 +31,7 @@ from sbv2_jax.run.arrays import load_frozen, load_state, read_start
 from sbv2_jax.run.batches import Tokenizers, next_batch, open_rows
 from sbv2_jax.run.build import Run, assemble
 from sbv2_jax.run.compilation import begin_step, lay_out
-from sbv2_jax.run.components import read_parts
+from sbv2_jax.run.components import describe_size, read_parts
 from sbv2_jax.run.config import FORMER, may_change, validate
 from sbv2_jax.run.directory import CONFIG, EXPORT, sample_path
 from sbv2_jax.run.dry_run import dry_run as dry_run_report
@@ -294,7 +294,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     tokenizers |= {column: run.parts.term_tokenizer(clip) for column, clip in run.method.columns.items()}
     prompt_batches(source, config.batch_size, config.seed)  # too few prompts are an error here
     if jax.process_index() == 0:
-        for line in (*notes_of(source), *filter(None, [describe_cut(source, tokenizers["input_ids"])])):
+        said = describe_size(config, run.parts), describe_cut(source, tokenizers["input_ids"])
+        for line in (*notes_of(source), *filter(None, said)):
             logging.warning(line)
     start = None
     if config.student.lora.init and not step_numbers(workdir / "checkpoints"):

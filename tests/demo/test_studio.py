@@ -41,6 +41,7 @@ def test_pictures_are_the_models_own(world, studio):
     assert (
         near(sheet, sheet_of(sbv2_jax.load(world / "run" / "export").draw(["dog"], seed=3))) and seconds > 0
     )
+    assert near(sheet, sheet_of(sbv2_jax.load(world / "run").draw(["dog"], seed=3)))
     teacher = sbv2_jax.load(world / "pipeline")
     sheet, *_ = studio.pictures(
         studio.names[1], "dog", seed=3, count=2, negative_prompt="apple", steps=3, guidance=2.0

@@ -139,6 +139,15 @@ def test_a_size_is_asked_for_where_nothing_says_it(pipeline, tmp_path):
     assert assembled(config_of(copied, resolution=16)).method.latent_shape == (4, 4, 4)
 
 
+def test_another_size_than_the_teacher_was_made_for_is_said(pipeline):
+    own = config_of(pipeline)
+    components = parts.read_parts(own)
+    assert parts.describe_size(own, components) is None
+    assert parts.describe_size(config_of(pipeline, resolution=32), components) is None
+    line = parts.describe_size(config_of(pipeline, resolution=16), components)
+    assert line == "config.resolution = 16: the teacher's UNet was made for 32 px"
+
+
 def test_latents_are_square(pipeline, tmp_path):
     copied = with_sample_size(pipeline, tmp_path, [8, 16])
     with pytest.raises(InputError, match=r"sample_size=\(8, 16\) is not supported"):
