@@ -9,6 +9,7 @@ What is kept of a rung, a small file in docs/ladder, is what another machine nee
 rung has failed; the others are climbed all the same.
 """
 
+import contextlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from sbv2_jax.fields import text, whole
 FLAGS = (
     Flag("workdir", "Directory of the runs and reports.", path, text()),
     Flag("only", "The name of a rung; may be given several times. Default: all.", several=True),
-    Flag("seeds", "Seeds of the students: numbers with commas. Default: 0,1,2."),
+    Flag("seeds", "Seeds of the students: numbers with commas. Default: 0,1,2.", str, text()),
     Flag("count", "Pictures of each row, at least 4. Default: 2000.", int, whole(4)),
     Flag("steps", "The most steps that a training takes. Default: each its own.", int, whole(1)),
     Flag("out", "Directory of the page and of what is kept, in ladder/. Default: docs.", path, text()),
@@ -35,6 +36,11 @@ def main(given: Namespace) -> int:
         raise InputError("--count and --steps shorten the ladder: give an --out, for docs/ has the whole one")
     if not given.page:
         cli.require(given, ["workdir"])
+    if "," in (given.workdir or ""):
+        raise InputError(
+            f"--workdir={given.workdir}: a comma parts models where they are merged and measured"
+        )
+    from sbv2_jax.checkpoint.files import locked
     from sbv2_jax.openmoji.ladder.climb import COUNT, Ladder, climb
     from sbv2_jax.openmoji.ladder.page import write_page
     from sbv2_jax.openmoji.ladder.processes import Failed, Processes
@@ -57,7 +63,11 @@ def main(given: Namespace) -> int:
     if given.page:
         return 0
     try:
-        failures = climb(ladder, rungs, seeds, Processes(dry_run=given.dry_run), told)
+        with contextlib.ExitStack() as held:
+            if not given.dry_run:
+                ladder.workdir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(ladder.workdir))
+            failures = climb(ladder, rungs, seeds, Processes(dry_run=given.dry_run), told)
     except Failed as failure:
         raise InputError(f"the teacher cannot be measured: {failure}") from failure
     return 1 if failures else 0

@@ -233,7 +233,7 @@ def test_every_curve_of_a_run_is_explained(paper):
 
 
 def test_a_small_gpu_is_told_what_is_held_and_trains_in_parts(cache, paper, checkpoints, world, tmp_path):
-    names = {"checkpoints": checkpoints, "data/prompts.txt": world / "prompts.txt"}
+    names = {"checkpoints": checkpoints, "prompts.txt": world / "prompts.txt"}
     sizes = {"accumulate": {"config.accumulate": 2}}
     held, trained, shortened = run_page(cache, desk(tmp_path, names), "docs/small_gpu.md", sizes).values()
     assert "clip, frozen" in held and "student, EMA" not in shortened

@@ -29,7 +29,7 @@ def open_directory(directory: Path) -> TextIO:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = _lock(directory)
+        lock = locked(directory)
         shutil.rmtree(directory / PARTIAL, ignore_errors=True)
         probe = directory / PARTIAL / "probe"
         probe.mkdir(parents=True)
@@ -40,7 +40,8 @@ def open_directory(directory: Path) -> TextIO:
     return lock
 
 
-def _lock(directory: Path) -> TextIO:
+def locked(directory: Path) -> TextIO:
+    """Locks a directory for this process, as `open_directory` does; returns the open lock file."""
     lock = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held for the whole run)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -139,6 +139,8 @@ def describe_size(config: ConfigDict, parts: Parts) -> str | None:
     if own is None or latent_side(config, parts) == own:
         return None
     return f"config.resolution = {config.resolution}: the teacher's UNet was made for {own * pixels} px"
+
+
 def _part(directory: Path, kind: type[C]) -> Part[C]:
     return Part(config=of_kind(check_component(directory), kind, str(directory)), directory=directory)
 

@@ -1,6 +1,7 @@
 """How a set of latents is made: in shards, by every device of every process, and gone on with after an interruption."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,9 @@ def require_same(out: Path, things: str, settings: Mapping[str, Any]) -> None:
 def make_set(
     out: Path, thing: str, things: str, settings: Mapping[str, Any], maker: Callable[[], Maker]
 ) -> None:
-    """Makes those shards of a set that are not there, and the manifest of all; every process calls it.
+    """Makes those shards of a set that are not there, or not what its manifest says, and the manifest of all.
+
+    Every process calls it.
 
     `settings` are the manifest's, which `require_same` has compared; the processes share out the shards. `maker` is
     called where there is something to make.
@@ -85,12 +88,16 @@ def make_set(
 
 
 def _begin(out: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the directory and its manifest, and removes what a killed run left unfinished."""
+    """Makes the directory and its manifest, and removes what a killed run left unfinished, or was changed since."""
     for left in out.glob(".*.partial-*"):
         left.unlink()
     if not (out / MANIFEST).exists():
         with replaced_file(out / MANIFEST) as partial:
             write_json(partial, dict(settings))
+    for name, digest in read_json(out / MANIFEST).get("shards", {}).items():
+        if (out / name).exists() and sha256_of(out / name) != digest:
+            print(f"{out / name} is not what {MANIFEST} says: it is made again", file=sys.stderr, flush=True)
+            (out / name).unlink()
 
 
 def _make_shards(

@@ -106,6 +106,8 @@ def make_latents(
             parts, source = read_parts(config), open_pictures(pictures)
             vae = of_kind(parts.vae.config, VAEConfig, str(parts.vae.directory))
             side = latent_side(config, parts)
+            if not len(source):
+                raise InputError(f"--pictures={pictures} has no pictures")
             if count > len(source):
                 raise InputError(f"--count={count}: {pictures} has {len(source)} pictures")
             settings = {

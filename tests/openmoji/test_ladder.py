@@ -15,17 +15,28 @@ from made_ladder import Commands
 from ml_collections import config_flags
 
 from sbv2_jax import cli
+from sbv2_jax.checkpoint.files import locked
 from sbv2_jax.errors import InputError
 from sbv2_jax.evaluate.intervals import Interval
 from sbv2_jax.evaluate.measure import Comparison, Evaluation, Row
 from sbv2_jax.evaluate.report import as_json
 from sbv2_jax.evaluate.verdict import Verdict
 from sbv2_jax.openmoji.ladder import climb as climbing
-from sbv2_jax.openmoji.ladder import processes, results
+from sbv2_jax.openmoji.ladder import page, processes, results
 from sbv2_jax.openmoji.ladder.climb import Ladder, climb, train_command
 from sbv2_jax.openmoji.ladder.page import Standing, write_page
 from sbv2_jax.openmoji.ladder.processes import Processes, Stopped
-from sbv2_jax.openmoji.ladder.rungs import BY_NAME, RUNGS, SEEDS, forwards, named, recipe, seeds_of, trainings
+from sbv2_jax.openmoji.ladder.rungs import (
+    BY_NAME,
+    RUNGS,
+    SEEDS,
+    forwards,
+    named,
+    pair_count,
+    recipe,
+    seeds_of,
+    trainings,
+)
 from sbv2_jax.openmoji.protocol import openmoji
 from sbv2_jax.run.config import validate
 
@@ -98,6 +109,7 @@ def test_the_baseline_costs_what_the_full_training_does():
     assert forwards(BY_NAME["regression"], None, 8) == full == {"teacher": 51_200, "all": 128_000}
     merge = forwards(BY_NAME["merge"], None, 8)
     assert merge["all"] == full["all"] + forwards(BY_NAME["lora-falling"], None, 8)["all"]
+    assert pair_count(20, 16) == 160 and pair_count(1, 16) == 64, "a batch of it takes 64"
 
 
 def test_what_a_rung_needs_comes_before_it_and_decides_its_recipe():
@@ -305,6 +317,41 @@ def test_a_signal_is_passed_on_once_and_ends_the_ladder_when_the_command_has_sav
         Processes().run([sys.executable, str(script)])
     assert stopped.value.code == 75 and saved.read_text() == "x" and time.monotonic() - began < 50
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # A terminal that is closed too, of which no command is told otherwise.
+    script.write_text(
+        script.read_text().replace("os.getppid(), signal.SIGTERM", "os.getppid(), signal.SIGHUP")
+    )
+    with pytest.raises(Stopped):
+        Processes().run([sys.executable, str(script)])
+    assert saved.read_text() == "xx"
+
+
+def test_a_command_that_a_signal_has_stopped_alone_ends_the_ladder():
+    with pytest.raises(Stopped):
+        Processes().run([sys.executable, "-c", "raise SystemExit(75)"])
+
+
+def test_two_ladders_cannot_share_a_directory(tmp_path):
+    with locked(tmp_path):
+        done = ladder_command(tmp_path, f"--workdir={tmp_path}", f"--out={tmp_path / 'docs'}")
+    assert done.returncode == 2 and f"{tmp_path} is in use by process {os.getpid()}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("<<<<<<< ours\n{}\n", "is not readable JSON"), ("{}", "is not what benchmarks/ladder.py keeps")],
+)
+def test_a_result_that_is_none_is_named(tmp_path, text, said):
+    (tmp_path / "teacher.json").write_text(text)
+    with pytest.raises(InputError, match=f"teacher.json.*{said}"):
+        results.read(tmp_path / "teacher.json")
+
+
+def test_a_commit_of_changed_code_has_a_plus_and_without_git_there_is_none(monkeypatch):
+    assert page._short("a" * 40 + "+") == "aaaaaaa+" and page._short("a" * 40) == "aaaaaaa"
+    assert page._short(None) == page._UNKNOWN
+    monkeypatch.setenv("PATH", "")
+    assert results.commit() is None
 
 
 @pytest.mark.parametrize(
@@ -312,6 +359,8 @@ def test_a_signal_is_passed_on_once_and_ends_the_ladder_when_the_command_has_sav
     [
         (["--count=8", "--workdir=w"], "error: --count and --steps shorten the ladder: give an --out"),
         ([], "error: missing --workdir"),
+        (["--workdir=a,b"], "error: --workdir=a,b: a comma parts models"),
+        (["--workdir=w", "--seeds="], "error: --seeds="),
         (["--page", "--only=mege"], "error: --only=mege: no such rung"),
         (["--page", "--steps=0", "--out=o"], "error: --steps=0: must be a whole number >= 1"),
     ],

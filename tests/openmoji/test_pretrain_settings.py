@@ -10,9 +10,11 @@ import pytest
 from tiny_pretraining import tiny_config
 
 from sbv2_jax import fields
+from sbv2_jax.convert.formats.pipeline import load_pipeline
 from sbv2_jax.convert.formats.resolve import resolve
 from sbv2_jax.errors import InputError
-from sbv2_jax.openmoji.pretrain import settings
+from sbv2_jax.models.tokenizer import load_tokenizer
+from sbv2_jax.openmoji.pretrain import run, settings
 from sbv2_jax.openmoji.pretrain.run import pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +81,18 @@ def test_a_pipeline_that_cannot_be_gone_on_from_is_named_before_anything_is_draw
     with pytest.raises(InputError, match=message):
         pretrain(config, tmp_path / "run", "python launch/pretrain.py")
     assert not (tmp_path / "run" / "world").exists()
+
+
+def test_another_tokenizer_in_the_directory_is_refused(tmp_path):
+    config, given = settings.default_config(), resolve("bundled") / "tokenizer"
+    found = run._tokenizer(tmp_path / "tokenizer", None, config.tokenizer, load_pipeline("bundled"))
+    assert found.encode(["a dog"]).tolist() == load_tokenizer(given).encode(["a dog"]).tolist()
+    words = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text())
+    names = list(words)
+    words[names[-1]], words[names[-2]] = words[names[-2]], words[names[-1]]
+    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(words))
+    with pytest.raises(InputError, match="tokenizer is not the tokenizer of config.init"):
+        run._tokenizer(tmp_path / "tokenizer", None, config.tokenizer, load_pipeline("bundled"))
 
 
 def test_command_names_an_unknown_field():

@@ -132,6 +132,18 @@ def test_a_killed_drawing_goes_on_to_the_same_files_and_draws_no_shard_twice(wor
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
+def test_a_shard_that_was_changed_since_is_made_again_by_the_same_command(world, pairs, tmp_path, capsys):
+    out = Path(shutil.copytree(pairs, tmp_path / "out"))
+    first, second, *_ = shards(out)
+    first.write_bytes(first.read_bytes()[:100])
+    second.write_bytes(shards(pairs)[2].read_bytes())
+    with pytest.raises(InputError, match="a shard is not a whole array_record file"):
+        Pairs(out).fingerprint()
+    make(world, out)
+    assert files_of(out) == files_of(pairs)
+    assert capsys.readouterr().err.count("it is made again") == 2
+
+
 def test_two_processes_of_two_devices_write_the_files_of_one(world, pairs, tmp_path):
     joined = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
     both = [

@@ -113,6 +113,12 @@ def test_pictures_without_captions_are_refused(world, tmp_path):
         open_pictures(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="--pictures: nowhere:Pictures: ModuleNotFoundError"):
         open_pictures("nowhere:Pictures")
+    (tmp_path / "empty.py").write_text(
+        "class Pictures:\n    def __len__(self):\n        return 0\n    def fingerprint(self):\n        return ''\n"
+    )
+    with pytest.raises(InputError, match=r"empty\.py:Pictures has no pictures"):
+        make(world, tmp_path / "out", pictures=f"{tmp_path}/empty.py:Pictures")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_pictures_of_the_world_have_its_captions():

@@ -300,8 +300,13 @@ def _cost(one: Standing) -> Iterator[list[str]]:
         str(drawn),
         f"{max(each['mib'] for each in training):,.0f}",
         "; ".join(dict.fromkeys(each["machine"] for each in one.found)),
-        ", ".join(dict.fromkeys((each["commit"] or _UNKNOWN)[:7] for each in one.found)),
+        ", ".join(dict.fromkeys(_short(each["commit"]) for each in one.found)),
     ]
+
+
+def _short(commit: str | None) -> str:
+    """Returns a commit as git has it for short, with its + where the code had been changed."""
+    return commit[:7] + "+" * commit.endswith("+") if commit else _UNKNOWN
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], label: str, figure: str) -> str:

@@ -41,21 +41,24 @@ class Processes:
 
 
 def _exit_code(command: Sequence[str]) -> int:
-    """Returns the exit code of a command; SIGTERM and SIGINT are passed on to it, which may save before it ends."""
+    """Returns the exit code of a command; a signal to end is passed on to it, which may save before it ends."""
     # In a group of its own: from the terminal Ctrl-C would reach it twice, and the second one ends it at once.
     process = subprocess.Popen(command, process_group=0)
     received = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    ends = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        ends.append(signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in ends}
     try:
         code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
+    if received or code == EXIT_PREEMPTED:  # the signal may have reached the command alone
         raise Stopped
     return code

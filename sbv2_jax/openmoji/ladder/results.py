@@ -5,14 +5,16 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sbv2_jax.convert.formats.files import replaced_file
+from sbv2_jax.convert.formats.files import read_json, replaced_file
 from sbv2_jax.convert.formats.resolve import resolve
+from sbv2_jax.errors import InputError
 from sbv2_jax.openmoji.ladder.rungs import ROOT
 from sbv2_jax.run.directory import METRICS, STARTS, json_lines
 
@@ -39,8 +41,13 @@ def bundle_digest() -> str:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Returns a result, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """Returns a result, or None where there is none; raises InputError for a file that is not one."""
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    if not isinstance(found.get("made_of"), dict):
+        raise InputError(f"{path} is not what benchmarks/ladder.py keeps: remove it")
+    return found
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
@@ -138,6 +145,8 @@ def commit() -> str | None:
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
 
+    if shutil.which("git") is None:
+        return None
     head = git("rev-parse", "HEAD")
     if head.returncode:
         return None

@@ -152,7 +152,7 @@ def named(names: Sequence[str]) -> tuple[Rung, ...]:
 
 def seeds_of(text: str | None) -> tuple[int, ...]:
     """Returns the seeds of "0,1,2", all where none are given; raises InputError for what the ladder has not."""
-    found = [one.strip() for one in text.split(",")] if text else list(map(str, SEEDS))
+    found = [one.strip() for one in text.split(",")] if text is not None else list(map(str, SEEDS))
     if wrong := [one for one in found if one not in map(str, SEEDS)]:
         raise InputError(f"--seeds={text}: {wrong[0]!r} is none of {', '.join(map(str, SEEDS))}")
     return tuple(dict.fromkeys(map(int, found)))
@@ -225,7 +225,7 @@ def forwards(rung: Rung, steps: int | None, pair_forwards: int) -> dict[str, int
 
 
 def pair_count(steps: int | None, pair_forwards: int) -> int:
-    """Returns how many pairs cost the teacher as many forwards as `full` does."""
+    """Returns how many pairs cost the teacher as many forwards as `full` does; a batch takes that many at least."""
     config = config_of(BY_NAME["full"], steps)
     images = config.steps * config.batch_size
-    return max(1, round(images * forwards_of_an_image(config).teacher) // pair_forwards)
+    return max(config.batch_size, round(images * forwards_of_an_image(config).teacher) // pair_forwards)

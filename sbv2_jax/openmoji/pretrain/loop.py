@@ -103,6 +103,8 @@ def train(stage: Stage, shared: Shared) -> dict[str, np.ndarray]:
             left = f"{settings.steps - start} of {settings.steps} steps to go"
             print(f"{stage.name}: {left}; the first compiles them, a minute or two", flush=True)
             state = _advance(stage, shared, step, state, start, checkpoints, preemption)
+        else:
+            stage.preview(state.ema)  # the process may have ended before its last one
     return {name: np.asarray(leaf) for name, leaf in state.ema.items()}
 
 
@@ -140,6 +142,9 @@ def _advance(
                 raise Preempted(number, stage.name)
             if last or number % settings.checkpoint_every == 0:
                 stage.preview(state.ema)
+    if preemption.requested():  # while the last preview was made
+        checkpoints.wait()
+        raise Preempted(settings.steps, stage.name)
     return state
 
 

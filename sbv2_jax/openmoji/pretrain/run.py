@@ -7,7 +7,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from sbv2_jax.checkpoint.files import mounted
+from sbv2_jax.convert.formats.files import new_directory
 from sbv2_jax.convert.formats.pipeline import PipelineParts, load_pipeline
+from sbv2_jax.convert.formats.side_files import tokenizer_files
 from sbv2_jax.diffusion.schedule import ScheduleConfig
 from sbv2_jax.errors import InputError
 from sbv2_jax.models.tokenizer import Tokenizer, load_tokenizer
@@ -82,8 +84,8 @@ def _given(name: str) -> PipelineParts:
 
 
 def _tokenizer(directory: Path, world: World, config: ConfigDict, given: PipelineParts | None) -> Tokenizer:
-    if given and not directory.is_dir():
-        shutil.copytree(given.component_dir("tokenizer"), directory)
+    if given:
+        _copy_tokenizer(given.component_dir("tokenizer"), directory)
     elif not directory.is_dir():
         captions = (text for texts in world.captions for text in texts)
         train_tokenizer(captions, directory, **config)
@@ -91,3 +93,20 @@ def _tokenizer(directory: Path, world: World, config: ConfigDict, given: Pipelin
     if tokenizer.max_length != config.max_length or tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{directory} is of another config.tokenizer: remove it, or use another workdir")
     return tokenizer
+
+
+def _copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copies a tokenizer, or raises InputError where another one is there: text tower and CLIP read its numbers."""
+    files = tokenizer_files(source)
+    if not directory.is_dir():
+        with new_directory(directory) as partial:
+            for path in files:
+                shutil.copy(path, partial)
+    if _contents(tokenizer_files(directory)) != _contents(files):
+        raise InputError(
+            f"{directory} is not the tokenizer of config.init: remove it, or use another workdir"
+        )
+
+
+def _contents(paths: list[Path]) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in paths}

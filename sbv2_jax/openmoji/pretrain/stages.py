@@ -124,7 +124,7 @@ class Stages:
         return self._latents * np.float32(factor)
 
     def _cached_means(self, params: Arrays) -> np.ndarray:
-        path, name = self.workdir / "vae" / "latents.npz", digest(params)
+        path, name = self.workdir / "vae" / "latents.npz", digest(self.world.fingerprint, params)
         path.parent.mkdir(exist_ok=True)
         if path.exists():
             with np.load(path) as stored:
