@@ -27,6 +27,7 @@ NOT_RUN: dict[str, dict[str, str]] = {
     "docs/demo.md": {
         "pip install ": _INSTALLS,
         "launch/demo.py": "does not end; tests/demo/test_live_page.py",
+        "benchmarks/": _BENCHMARK,
     },
     "docs/evaluation.md": {
         "pip install ": _INSTALLS,
