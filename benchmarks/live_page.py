@@ -29,7 +29,7 @@ _OUT = cli.define_path("out", "The folder of the screenshots.")
 _KEYS = flags.DEFINE_integer("keys", 40, "Keys that are timed.", lower_bound=5)
 _PORT = flags.DEFINE_integer("port", 7871, "Where the page is served meanwhile.")
 _WARM, _WIDE, _NARROW = 10, {"width": 1280, "height": 720}, {"width": 390, "height": 900}
-_PROMPT = "a large red apple in the middle on a blue background"
+_PROMPT = "a large red apple on a blue background"
 _PATIENCE = 30_000
 # Milliseconds until the picture of another address is decoded, by the browser's clock; null where there is none.
 _UNTIL_SEEN = """([text, patience]) => new Promise(done => {
